@@ -1,0 +1,172 @@
+"""Attention and MLP blocks as references into a State.
+
+A method is written once, against blocks. What differs between architectures (fused QKV, transposed
+Conv1D weights, missing biases, grouped heads) is hidden in :class:`Slot` and :class:`Linear`.
+Rows are always output units, as in ``torch.nn.Linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmark.checkpoint import State
+
+Gauge = Literal["general", "rotary", "signed-permutation"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Part of one tensor of a State: ``rows`` of its output axis, seen with output units first."""
+
+    key: str
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    def read(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The slot as a view: (out, in) for a weight, (out,) for a bias."""
+        value = state[self.key]
+        value = value.T if self.transposed else value
+        return value if self.rows is None else value[slice(*self.rows)]
+
+    def write(self, state: State, value: Tensor) -> None:
+        """Replace the slot in ``state``. The tensor that was there is never written to."""
+        old = state[self.key]
+        if self.rows is None:
+            fresh = value.T if self.transposed else value
+            state[self.key] = fresh.to(old.dtype).contiguous().reshape(old.shape)
+        else:
+            fresh = old.clone()
+            self.read({self.key: fresh}).copy_(value)
+            state[self.key] = fresh
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map: a weight slot (out, in) and a bias slot (out,) or None."""
+
+    weight: Slot
+    bias: Slot | None = None
+
+    def slots(self) -> Iterator[Slot]:
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One attention layer.
+
+    ``q`` has ``heads·head_dim`` rows, ``k`` and ``v`` have ``kv_heads·head_dim``, ``o`` has
+    ``heads·head_dim`` columns. ``rotary`` and ``qk_norm`` restrict the Q/K gauge group (METHODS 1).
+    """
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: bool = False
+    qk_norm: tuple[Slot, Slot] | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def qk_gauge(self) -> Gauge:
+        """Which per-head maps of Q (with the inverse transpose on K) keep the function."""
+        if self.qk_norm is not None:
+            return "signed-permutation"
+        return "rotary" if self.rotary else "general"
+
+    def linears(self) -> dict[str, Linear]:
+        return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+
+    def read(self, state: Mapping[str, Tensor], name: Literal["q", "k", "v"]) -> Tensor:
+        """Weight and bias of one projection per KV head, float64: (kv_heads, r, d + 1).
+
+        r = group·head_dim rows for q, head_dim for k and v. The last column is the bias (zero where
+        the architecture has none), so a gauge acts on weight and bias in one product.
+        """
+        linear = self.linears()[name]
+        weight = linear.weight.read(state).double()
+        bias = (
+            weight.new_zeros(len(weight))
+            if linear.bias is None
+            else linear.bias.read(state).double()
+        )
+        return torch.cat([weight, bias[:, None]], dim=1).reshape(
+            self.kv_heads, -1, weight.shape[1] + 1
+        )
+
+    def write(self, state: State, name: Literal["q", "k", "v"], value: Tensor) -> None:
+        """The inverse of :meth:`read`, cast to the dtype of the State."""
+        linear = self.linears()[name]
+        flat = value.reshape(-1, value.shape[-1])
+        linear.weight.write(state, flat[:, :-1])
+        if linear.bias is not None:
+            linear.bias.write(state, flat[:, -1])
+
+    def read_o(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Output projection per KV head, float64: (kv_heads, group, d, head_dim)."""
+        weight = self.o.weight.read(state).double()
+        split = weight.reshape(len(weight), self.kv_heads, self.group, self.head_dim)
+        return split.permute(1, 2, 0, 3)
+
+    def write_o(self, state: State, value: Tensor) -> None:
+        """The inverse of :meth:`read_o`."""
+        self.o.weight.write(state, value.permute(2, 0, 1, 3).reshape(value.shape[2], -1))
+
+
+@dataclass(frozen=True)
+class MLPBlock:
+    """One MLP: ``up`` (n, d), optional ``gate`` (n, d), ``down`` (d, n)."""
+
+    up: Linear
+    down: Linear
+    gate: Linear | None = None
+    activation: str = "gelu"
+
+    def rows(self) -> Iterator[Slot]:
+        """The slots whose rows are the hidden units (their columns in ``down`` go along)."""
+        for linear in (self.up, self.gate):
+            if linear is not None:
+                yield from linear.slots()
+
+    def read_units(self, state: Mapping[str, Tensor]) -> Tensor:
+        """All parameters of each hidden unit side by side, float64: (n, features)."""
+        parts = [slot.read(state).double().reshape(self.width(state), -1) for slot in self.rows()]
+        return torch.cat([*parts, self.down.weight.read(state).double().T], dim=1)
+
+    def width(self, state: Mapping[str, Tensor]) -> int:
+        """Number of hidden units n."""
+        return len(self.up.weight.read(state))
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the blocks of one model are. ``family`` is the table row it was read from."""
+
+    family: str
+    attention: tuple[AttentionBlock, ...]
+    mlp: tuple[MLPBlock, ...]
+
+    @staticmethod
+    def of(model: torch.nn.Module) -> Anatomy:
+        """The anatomy of a loaded model (transformers or open_clip).
+
+        Raises:
+            UsageError: no row of :mod:`benchmark.anatomy.families` fits the model's names.
+        """
+        from benchmark.anatomy.families import find
+
+        return find(model)

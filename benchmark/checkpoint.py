@@ -1,0 +1,92 @@
+"""A model as a ``State``: names → tensors, under the in-memory names of the loaded model.
+
+Everything that moves through the benchmark (base, expert, released, recovered, merged) is a State.
+Reading and writing folders lives in :mod:`benchmark.folders`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from benchmark.errors import CheckpointError
+
+State = dict[str, Tensor]
+
+
+def compatible(state: Mapping[str, Tensor], base: Mapping[str, Tensor], what: str) -> None:
+    """Check that ``state`` can stand in for ``base``.
+
+    Raises:
+        CheckpointError: names the first missing, unexpected, misshapen, mistyped or non-finite tensor.
+    """
+    for problem, keys in (
+        ("lacks", base.keys() - state.keys()),
+        ("has an unexpected", state.keys() - base.keys()),
+    ):
+        if keys:
+            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            raise CheckpointError(f"{what} {problem} tensor {min(keys)!r}{more}")
+    for key, reference in base.items():
+        value = state[key]
+        if value.shape != reference.shape:
+            raise CheckpointError(
+                f"{what}: tensor {key!r} has shape {tuple(value.shape)}, "
+                f"the base has {tuple(reference.shape)}"
+            )
+        if value.dtype != reference.dtype:
+            raise CheckpointError(
+                f"{what}: tensor {key!r} is {value.dtype}, the base has {reference.dtype}"
+            )
+    finite(state, what)
+
+
+def finite(state: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError if a floating-point tensor of ``state`` holds NaN or infinity."""
+    for key, value in state.items():
+        # A sum is finite only if every entry is (or it overflows, which float64 rules out here).
+        if value.is_floating_point() and not torch.isfinite(value.sum(dtype=torch.float64)):
+            raise CheckpointError(f"{what}: tensor {key!r} holds NaN or infinity")
+
+
+def task_vector(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> State:
+    """τ = θ − θ0, without the tensors that did not move (a missing key means zero).
+
+    Integer buffers (position ids) are no parameters and never part of τ.
+    """
+    return {
+        key: value - base[key]
+        for key, value in state.items()
+        if value.is_floating_point() and value is not base[key] and not torch.equal(value, base[key])
+    }
+
+
+def add(base: Mapping[str, Tensor], tau: Mapping[str, Tensor], scale: float = 1.0) -> State:
+    """θ0 + scale · τ. Tensors that τ leaves out are shared with ``base``, not copied."""
+    out = dict(base)
+    for key, delta in tau.items():
+        out[key] = torch.add(base[key], delta, alpha=scale)
+    return out
+
+
+def norm(tau: Mapping[str, Tensor]) -> float:
+    """‖τ‖₂ over all tensors."""
+    return float(sum(float(t.double().square().sum()) for t in tau.values())) ** 0.5
+
+
+def to_device(state: Mapping[str, Tensor], device: torch.device | str) -> State:
+    """The same State on ``device``."""
+    return {key: value.to(device) for key, value in state.items()}
+
+
+def digest(state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in name order: equal iff the States are equal."""
+    total = hashlib.sha256()
+    for key in sorted(state if names is None else names):
+        value = state[key].detach().contiguous().cpu()
+        total.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -1,0 +1,95 @@
+"""What a run writes: one typed record per cell. Aggregates are always recomputed from cells."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "no-benefit", "error", "skipped"]
+
+
+class Seconds(BaseModel):
+    """Wall-clock seconds of one cell's own work (0 where it was shared or cached)."""
+
+    model_config = ConfigDict(extra="forbid")
+    protect: float = 0.0
+    recover: float = 0.0
+    merge: float = 0.0
+    evaluate: float = 0.0
+
+
+class Spent(BaseModel):
+    """What the attack used: examples, optimisation steps, model FLOPs."""
+
+    model_config = ConfigDict(extra="forbid")
+    examples: int = 0
+    steps: int = 0
+    flops: float = 0.0
+
+
+class Hashes(BaseModel):
+    """sha256 over the tensors of each State."""
+
+    model_config = ConfigDict(extra="forbid")
+    base: str = ""
+    expert: str = ""
+    released: str = ""
+    recovered: str = ""
+    merged: str = ""
+
+
+class Cell(BaseModel):
+    """One testbed × victim × partners × seed × defense × attack × merger.
+
+    ``accuracy`` and ``normalized``: test accuracy per task of the model the free-rider ends with
+    (validation picks it). ``gain`` is G(attacked), the mean of ``normalized``; ``gain_undefended``
+    and ``gain_outside`` are G(undefended) and G0. ``protection`` is the raw value
+    1 − (G(attacked) − G0)/(G(undefended) − G0), not clipped. ``choice`` says which candidate won
+    (``merge``, or an outside option by name); ``merged_accuracy`` is the best setting that does use
+    the victim. ``correct_*`` are per-example test outcomes, hex-packed bits, from which intervals
+    are recomputed.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str
+    testbed: str
+    victim: str
+    partners: list[str]
+    seed: int
+    defense: str
+    attack: str
+    merger: str
+    access: Literal["weights", "unlabeled", "labeled"]
+    task_id: bool = False
+    status: Status = "ok"
+    reason: str = ""
+    setting: dict[str, object] = Field(default_factory=dict)
+    choice: str = ""
+    accuracy: dict[str, float] = Field(default_factory=dict)
+    normalized: dict[str, float] = Field(default_factory=dict)
+    gain: float | None = None
+    gain_undefended: float | None = None
+    gain_outside: float | None = None
+    protection: float | None = None
+    protection_ci: tuple[float, float] | None = None
+    merged_accuracy: dict[str, float] = Field(default_factory=dict)
+    merged_setting: dict[str, object] = Field(default_factory=dict)
+    fixed: dict[str, dict[str, float]] = Field(default_factory=dict)
+    expert_accuracy: dict[str, float] = Field(default_factory=dict)
+    zero_shot: dict[str, float] = Field(default_factory=dict)
+    utility: float | None = None
+    utility_drop: float | None = None
+    standalone: float | None = None
+    logit_gap: float | None = None
+    recovered_gap: float | None = None
+    correct: dict[str, dict[str, str]] = Field(default_factory=dict)
+    n_val: int = 0
+    n_test: int = 0
+    sha256: Hashes = Field(default_factory=Hashes)
+    seconds: Seconds = Field(default_factory=Seconds)
+    budget: Spent = Field(default_factory=Spent)
+    flags: list[str] = Field(default_factory=list)
