@@ -7,7 +7,7 @@ Reading and writing folders lives in :mod:`benchmark.folders`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ def compatible(state: Mapping[str, Tensor], base: Mapping[str, Tensor], what: st
     """Check that ``state`` can stand in for ``base``.
 
     Raises:
-        CheckpointError: names the first missing, unexpected, misshapen, mistyped or non-finite tensor.
+        CheckpointError: names the first missing, unexpected, misshapen, mistyped or
+            non-finite tensor.
     """
     for problem, keys in (
         ("lacks", base.keys() - state.keys()),
@@ -41,7 +42,7 @@ def compatible(state: Mapping[str, Tensor], base: Mapping[str, Tensor], what: st
             raise CheckpointError(
                 f"{what}: tensor {key!r} is {value.dtype}, the base has {reference.dtype}"
             )
-    finite(state, what)
+    finite({key: v for key, v in state.items() if v is not base[key]}, what)
 
 
 def finite(state: Mapping[str, Tensor], what: str) -> None:
@@ -57,11 +58,11 @@ def task_vector(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Stat
 
     Integer buffers (position ids) are no parameters and never part of τ.
     """
-    return {
-        key: value - base[key]
-        for key, value in state.items()
-        if value.is_floating_point() and value is not base[key] and not torch.equal(value, base[key])
-    }
+
+    def moved(value: Tensor, old: Tensor) -> bool:
+        return value.is_floating_point() and value is not old and not torch.equal(value, old)
+
+    return {key: v - base[key] for key, v in state.items() if moved(v, base[key])}
 
 
 def add(base: Mapping[str, Tensor], tau: Mapping[str, Tensor], scale: float = 1.0) -> State:
@@ -77,15 +78,32 @@ def norm(tau: Mapping[str, Tensor]) -> float:
     return float(sum(float(t.double().square().sum()) for t in tau.values())) ** 0.5
 
 
+def rounded(state: Mapping[str, Tensor]) -> State:
+    """Every float32 tensor as bfloat16 would store it."""
+    return {
+        k: v.bfloat16().to(v.dtype) if v.dtype == torch.float32 else v for k, v in state.items()
+    }
+
+
+def norm_growth(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """The largest ‖W‖ / ‖W of the reference‖ over tensors of two or more dimensions."""
+    ratios = [
+        float(value.double().norm() / reference[key].double().norm())
+        for key, value in state.items()
+        if value.ndim > 1 and value.is_floating_point() and bool(reference[key].any())
+    ]
+    return max(ratios, default=1.0)
+
+
 def to_device(state: Mapping[str, Tensor], device: torch.device | str) -> State:
     """The same State on ``device``."""
     return {key: value.to(device) for key, value in state.items()}
 
 
-def digest(state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in name order: equal iff the States are equal."""
+def digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in name order: one for equal States only."""
     total = hashlib.sha256()
-    for key in sorted(state if names is None else names):
+    for key in sorted(state):
         value = state[key].detach().contiguous().cpu()
         total.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().data)

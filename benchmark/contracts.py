@@ -1,8 +1,8 @@
 """The abstract classes that third parties subclass: Defense, Attack, Merger, Testbed.
 
 A method is a frozen dataclass whose fields are its hyper-parameters. It never mutates its inputs,
-takes all randomness from ``rng`` (a CPU generator), runs on any device, and returns every key of the
-base in its shape and dtype.
+takes all randomness from ``rng`` (a CPU generator), runs on any device, and returns every key of
+the base in its shape and dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -33,8 +33,9 @@ class Access(enum.IntEnum):
     LABELED = 2
 
     @property
-    def label(self) -> str:
-        return self.name.lower()
+    def label(self) -> Literal["weights", "unlabeled", "labeled"]:
+        """The name in commands and records."""
+        return cast(Literal["weights", "unlabeled", "labeled"], self.name.lower())
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Card:
     """Where a method comes from and what it claims.
 
     ``role``: ``method`` is ranked; ``control`` and ``reference`` stand beside the ranking.
-    ``fidelity``: ``faithful`` to published code or equations, ``reconstruction`` where the source is
-    silent (``notes`` says where), ``ours``. ``exact``: the release computes the expert's function.
+    ``trains``: needs training, so its result is worth keeping. ``fidelity``: ``faithful`` to
+    published code or equations, ``reconstruction`` where the source is silent (``notes`` says
+    where), ``ours``. ``exact``: the release computes the expert's function.
     """
 
     summary: str
@@ -52,6 +54,7 @@ class Card:
     arxiv: str = ""
     fidelity: Literal["faithful", "reconstruction", "ours"] = "ours"
     exact: bool = False
+    trains: bool = False
     role: Literal["method", "control", "reference"] = "method"
     licence: str = "Apache-2.0"
     notes: str = ""
@@ -137,6 +140,7 @@ class Knowledge:
         recipe: Recipe | None = None,
         fine_tune: FineTune | None = None,
         features: Callable[[State, Mapping[str, Tensor]], Tensor] | None = None,
+        flops_per_example: float = 0.0,
     ) -> None:
         self.access = access
         self.base = base
@@ -147,16 +151,20 @@ class Knowledge:
         self._recipe = recipe
         self._fine_tune = fine_tune
         self._features = features
+        self._flops = flops_per_example
 
     def require(self, tier: Access, what: str) -> None:
         """Raise AccessError unless ``tier`` was granted."""
         if self.access < tier:
-            raise AccessError(f"{what} needs access {tier.label!r}; only {self.access.label!r} given")
+            raise AccessError(
+                f"{what} needs access {tier.label!r}; only {self.access.label!r} given"
+            )
 
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         """Forward pass of a State on inputs the attacker holds: (n, d) unit vectors."""
         self.require(Access.UNLABELED, "running the model on data")
         assert self._features is not None
+        self.budget.flops += self._flops * len(next(iter(inputs.values())))
         return self._features(state, inputs)
 
     def unlabeled(self, per_task: int, rng: torch.Generator) -> dict[str, dict[str, Tensor]]:
@@ -194,7 +202,11 @@ class Knowledge:
         """Fine-tune on labelled examples; the steps are charged to the budget."""
         self.require(Access.LABELED, "fine-tuning on labels")
         assert self._fine_tune is not None
-        self.budget.steps += (recipe or self.recipe).steps
+        used = recipe or self.recipe
+        self.budget.steps += used.steps
+        self.budget.flops += (
+            3 * self._flops * used.steps * used.batch_size
+        )  # backward = 2 × forward
         return self._fine_tune(start, examples, rng, recipe=recipe, loss=loss)
 
 
@@ -227,7 +239,7 @@ class Attack(ABC):
 
     @property
     def refines(self) -> bool:
-        """Whether this attack works on the merged model (and so needs a control at equal budget)."""
+        """Whether it works on the merged model (and so needs a control at equal budget)."""
         return type(self).refine is not Attack.refine
 
 
@@ -251,10 +263,16 @@ class Merger(ABC):
     card: ClassVar[Card]
     access: ClassVar[Access] = Access.WEIGHTS
     task_aware: ClassVar[bool] = False
+    #: Draws from ``rng`` (DARE's masks); others need no result per seed.
+    stochastic: ClassVar[bool] = False
 
     @abstractmethod
     def search_space(self, members: int) -> list[Setting]:
-        """The settings a free-rider tries for ``members`` models; the victim comes first."""
+        """The settings a free-rider tries for ``members`` models; the victim comes first.
+
+        Raises:
+            MethodError: it does not merge so many models (its cells are skipped).
+        """
 
     @abstractmethod
     def merge(
@@ -281,9 +299,7 @@ class Merger(ABC):
         start = rng.get_state()
 
         def merged(setting: Setting) -> State:
-            return self.merge(
-                base, experts, setting, knowledge, torch.Generator().set_state(start)
-            )
+            return self.merge(base, experts, setting, knowledge, torch.Generator().set_state(start))
 
         return merged
 

@@ -71,9 +71,7 @@ class Task:
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
 
-def divide(
-    size: int, counts: Sequence[int], rng: torch.Generator
-) -> tuple[Tensor, ...]:
+def divide(size: int, counts: Sequence[int], rng: torch.Generator) -> tuple[Tensor, ...]:
     """Disjoint random index sets of the given sizes out of ``size`` rows, each sorted."""
     order = torch.randperm(size, generator=rng)
     return tuple(part.sort().values for part in order.split([*counts, size - sum(counts)])[:-1])

@@ -19,7 +19,7 @@ def cache() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` to write to; it takes the place of ``path`` only on success."""
+    """A temporary sibling of ``path`` to write to; it replaces ``path`` only on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

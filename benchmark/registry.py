@@ -69,9 +69,15 @@ class Registry(Generic[T]):
             elif name in self.entries:
                 cls = self.entries[name].load()
             else:
-                raise UsageError(f"unknown {self.singular} {name!r}{did_you_mean(name, self.names())}")
+                raise UsageError(
+                    f"unknown {self.singular} {name!r}{did_you_mean(name, self.names())}"
+                )
             if not (isinstance(cls, type) and issubclass(cls, self.base)):
                 raise UsageError(f"{name} is not a {self.base.__name__} subclass")
+            if not hasattr(cls, "__dataclass_fields__"):
+                raise UsageError(
+                    f"{name} is no dataclass; decorate it with @dataclass(frozen=True)"
+                )
             self._loaded[name] = cls
         return self._loaded[name]
 

@@ -89,6 +89,8 @@ def build(cls: type, name: str, arguments: dict[str, Any]) -> Any:
     for key, value in arguments.items():
         if key not in fields:
             raise UsageError(f"{name} has no parameter {key!r}{did_you_mean(key, fields)}")
+        if value is None and "none" in typing.get_args(hints[key]):
+            value = "none"  # a choice of that name, not the absence of one
         try:
             values[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:

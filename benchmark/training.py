@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,12 @@ class Recipe:
     clip: float | None = 1.0
     frozen: tuple[str, ...] = ()
 
+    def rate(self, step: int) -> float:
+        """The factor on the learning rate before step ``step`` (from 0): up, then down to zero."""
+        up = (step + 1) / (self.warmup + 1)
+        down = (self.steps - step) / max(self.steps - self.warmup, 1)
+        return max(0.0, min(up, down, 1.0))
+
 
 def cross_entropy(
     logits: Callable[[State], Tensor], state: State, labels: Tensor, rng: torch.Generator
@@ -56,6 +62,53 @@ def fine_tune(
     """Train ``start`` on ``examples`` (task name → examples; tasks alternate batch by batch).
 
     Deterministic under ``rng`` on one machine. The forward pass has no dropout. ``tasks`` supplies
-    the frozen heads; ``progress(step, steps)`` is called after every step.
+    the frozen heads; ``progress(step, steps)`` is called after every step. Tensors that are not
+    trained are shared with ``start``, which is never written to.
     """
-    raise NotImplementedError
+    recipe = recipe or testbed.recipe
+    loss = loss or cross_entropy
+    device = next(iter(start.values())).device
+    leaves = {
+        key: value.detach().clone().requires_grad_()
+        for key, value in start.items()
+        if value.is_floating_point() and not key.startswith(recipe.frozen)
+    }
+    optimizer = torch.optim.AdamW(
+        leaves.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
+    streams = [
+        (tasks[name], _batches(split.to(device), recipe.batch_size, rng))
+        for name, split in sorted(examples.items())
+    ]
+    heads = {task.name: task.head.to(device) for task, _ in streams}
+    trained: State = {**start, **leaves}
+
+    for step in range(recipe.steps):
+        task, stream = streams[step % len(streams)]
+        batch = next(stream)
+
+        def logits(state: State, task: Task = task, batch: Split = batch) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                features = testbed.features(state, batch.inputs)
+            return task.scale * features.float() @ heads[task.name].T
+
+        optimizer.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss(logits, trained, batch.labels, rng).backward()
+        if recipe.clip is not None:
+            torch.nn.utils.clip_grad_norm_(leaves.values(), recipe.clip)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, recipe.steps)
+    return {**start, **{key: value.detach() for key, value in leaves.items()}}
+
+
+def _batches(split: Split, size: int, rng: torch.Generator) -> Iterator[Split]:
+    """Endless batches, reshuffled every epoch; a split smaller than ``size`` is one batch."""
+    while True:
+        order = torch.randperm(len(split), generator=rng).to(split.labels.device)
+        # The short last batch is dropped: its rows come up again in the next epoch.
+        for start in range(0, max(len(split) - size, 0) + 1, size):
+            yield split[order[start : start + size]]

@@ -142,10 +142,11 @@ class MLPBlock:
             if linear is not None:
                 yield from linear.slots()
 
-    def read_units(self, state: Mapping[str, Tensor]) -> Tensor:
-        """All parameters of each hidden unit side by side, float64: (n, features)."""
-        parts = [slot.read(state).double().reshape(self.width(state), -1) for slot in self.rows()]
-        return torch.cat([*parts, self.down.weight.read(state).double().T], dim=1)
+    def read_units(self, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+        """All parameters of each hidden unit side by side: (n, features)."""
+        parts = [slot.read(state).reshape(self.width(state), -1) for slot in self.rows()]
+        parts.append(self.down.weight.read(state).T)
+        return torch.cat([part.to(dtype) for part in parts], dim=1)
 
     def width(self, state: Mapping[str, Tensor]) -> int:
         """Number of hidden units n."""

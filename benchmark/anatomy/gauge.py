@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.blocks import AttentionBlock, MLPBlock
+from benchmark.anatomy.blocks import Anatomy, AttentionBlock, MLPBlock
 from benchmark.checkpoint import State
+from benchmark.errors import MethodError
 
 
 def apply_qk(state: State, block: AttentionBlock, a: Tensor) -> None:
@@ -52,3 +53,17 @@ def permute_heads(state: State, block: AttentionBlock, permutation: Tensor) -> N
     for name in ("q", "k", "v"):
         block.write(state, name, block.read(state, name)[permutation])
     block.write_o(state, block.read_o(state)[permutation])
+
+
+def require_general(anatomy: Anatomy, method: str) -> None:
+    """Refuse an architecture in which a general A on Q and K would change the function.
+
+    Raises:
+        MethodError: rotary embeddings or QK-norm (METHODS section 1).
+    """
+    for block in anatomy.attention:
+        if block.qk_gauge != "general":
+            raise MethodError(
+                f"{method} multiplies Q and K by general matrices, which changes the function of "
+                f"{anatomy.family} (its Q/K gauge is {block.qk_gauge}); use another method there"
+            )

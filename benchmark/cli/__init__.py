@@ -39,7 +39,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM):
             raise
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "choose another folder"
         _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; {remedy}", 1)
     except KeyboardInterrupt:
         _fail("interrupted; what was finished is kept, the same command resumes", 130)

@@ -47,10 +47,13 @@ class Cell(BaseModel):
     ``accuracy`` and ``normalized``: test accuracy per task of the model the free-rider ends with
     (validation picks it). ``gain`` is G(attacked), the mean of ``normalized``; ``gain_undefended``
     and ``gain_outside`` are G(undefended) and G0. ``protection`` is the raw value
-    1 − (G(attacked) − G0)/(G(undefended) − G0), not clipped. ``choice`` says which candidate won
-    (``merge``, or an outside option by name); ``merged_accuracy`` is the best setting that does use
-    the victim. ``correct_*`` are per-example test outcomes, hex-packed bits, from which intervals
-    are recomputed.
+    1 − (G(attacked) − G0)/(G(undefended) − G0), not clipped. ``choice`` says which candidate won.
+    ``merged_setting`` and ``merged_accuracy``: the best setting that does use the victim (its
+    accuracy only where it was measured: it won, or nothing was defended). ``fixed``: accuracy on
+    the victim's task at the papers' coefficients. ``logit_gap``, ``recovered_gap``:
+    max relative |Δlogit| of release against expert and of the recovered model against the release;
+    ``bf16_gap`` and ``bf16_gap_expert``: what storing release and expert in bfloat16 costs. ``correct``: per-example test outcomes of the
+    chosen models, as hex, from which intervals are recomputed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -85,6 +88,8 @@ class Cell(BaseModel):
     utility_drop: float | None = None
     standalone: float | None = None
     logit_gap: float | None = None
+    bf16_gap: float | None = None
+    bf16_gap_expert: float | None = None
     recovered_gap: float | None = None
     correct: dict[str, dict[str, str]] = Field(default_factory=dict)
     n_val: int = 0

@@ -1,0 +1,51 @@
+"""Gauge alignment: undo any lock of the gauge group without touching the function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from benchmark.anatomy import apply_qk, apply_vo, permute_heads, permute_units
+from benchmark.anatomy.alignment import match_heads, match_units, qk_gauge, vo_gauge
+from benchmark.anatomy.gauge import require_general
+from benchmark.checkpoint import State
+from benchmark.contracts import Access, Attack, Card, Knowledge
+
+
+@dataclass(frozen=True)
+class GaugeAlign(Attack):
+    """The point nearest to the base among the models that compute the released function.
+
+    Per attention block: match the heads by WqᵀWk and Wo·Wv; then for each head
+
+        A = argmin ‖A·Wq − Wq0‖² + ‖A^-T·Wk − Wk0‖²,   Wq ← A·Wq,  Wk ← A^-T·Wk,
+        B = argmin ‖B·Wv − Wv0‖² + ‖B^-T·Woᵀ − Wo0ᵀ‖²,  Wv ← B·Wv,  Wo ← Wo·B^-1,
+
+    biases of q and v included. The key bias is set to the base's: it adds one number to all logits
+    of a query, which softmax ignores. Per MLP block: match the units. A head that would come no
+    nearer to the base stays as it is.
+    """
+
+    card: ClassVar[Card] = Card(
+        summary="align every head and hidden unit with the base inside the gauge group",
+        fidelity="ours",
+        exact=True,
+        notes="one A for Q and K, one B for V and O (tied inverses), least-squares start and "
+        "Gauss–Newton; answers PaRaMS and MergeLock",
+    )
+    access: ClassVar[Access] = Access.WEIGHTS
+
+    def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
+        require_general(knowledge.anatomy, "gauge-align")
+        base, state = knowledge.base, dict(released)
+        for block in knowledge.anatomy.attention:
+            permute_heads(state, block, match_heads(block, state, base))
+            apply_qk(state, block, qk_gauge(block, state, base))
+            apply_vo(state, block, vo_gauge(block, state, base))
+            if block.k.bias is not None:
+                block.k.bias.write(state, block.k.bias.read(base))
+        for mlp in knowledge.anatomy.mlp:
+            permute_units(state, mlp, match_units(mlp, state, base))
+        return state

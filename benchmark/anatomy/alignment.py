@@ -1,0 +1,243 @@
+"""Estimators that attacks share: the unit, head and gauge that bring a State to an anchor.
+
+Each compares one block of a State with the same block of an anchor (base or partner) and returns
+the transform to apply with :mod:`benchmark.anatomy.gauge`. Float64 on the State's device unless
+noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmark.anatomy.blocks import AttentionBlock, MLPBlock
+
+Cost = Literal["inner", "cosine"]
+
+# Far below any fine-tuning step, far above float64 rounding: keeps empty heads solvable.
+_RIDGE = 1e-14
+
+
+def match_units(
+    block: MLPBlock,
+    state: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
+    cost: Cost = "inner",
+) -> Tensor:
+    """The permutation for ``permute_units`` that brings the hidden units to the anchor's: (n,).
+
+    Maximises Σ_i C[i, π(i)] over permutations π (a linear assignment problem, as in Git Re-Basin,
+    arXiv 2209.04836). C[i, j] compares unit i of the anchor with unit j of the state:
+
+    - ``inner``: ⟨W1_0[i], W1[j]⟩ + b1_0[i]·b1[j] + ⟨W2_0[:, i], W2[:, j]⟩ (METHODS 2.1);
+    - ``cosine``: the cosine of the rows W1_0[i] and W1[j].
+    """
+
+    def units(source: Mapping[str, Tensor]) -> Tensor:
+        # float32 halves the time of the product below, and a matching needs no more digits.
+        if cost == "inner":
+            return block.read_units(source, torch.float32)
+        return torch.nn.functional.normalize(block.up.weight.read(source).float(), dim=1)
+
+    own, reference = units(state), units(anchor)
+    similarity = reference @ own.T
+    # A constant per column changes no assignment's rank, and turns the greatest entry of a row from
+    # the longest neighbour into the nearest one, which is mostly the answer already (_assign).
+    return _assign(similarity - own.square().sum(1) / 2)
+
+
+def match_heads(
+    block: AttentionBlock, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+) -> Tensor:
+    """The permutation for ``permute_heads`` that brings the KV groups to the anchor's: (kv_heads,).
+
+    Maximises the summed cosines of what no gauge changes: the products WqᵀWk (query bias included,
+    key bias left out: softmax ignores it) and Wo·Wv (value bias included) of each group.
+    """
+    queries, keys, values, outputs = (
+        (side(block, state), side(block, anchor)) for side in (_queries, _keys, _values, _outputs)
+    )
+    return _assign(_product_cosine(queries, keys) + _product_cosine(values, outputs))
+
+
+def qk_gauge(
+    block: AttentionBlock, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+) -> Tensor:
+    """The A for ``apply_qk`` that brings Q and K nearest to the anchor's: (kv_heads, dh, dh)."""
+    return tied_gauge(
+        _flat(_queries(block, state)),
+        _flat(_queries(block, anchor)),
+        _flat(_keys(block, state)),
+        _flat(_keys(block, anchor)),
+    )
+
+
+def vo_gauge(
+    block: AttentionBlock, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+) -> Tensor:
+    """The B for ``apply_vo`` that brings V and O nearest to the anchor's: (kv_heads, dh, dh)."""
+    return tied_gauge(
+        _flat(_values(block, state)),
+        _flat(_values(block, anchor)),
+        _flat(_outputs(block, state)),
+        _flat(_outputs(block, anchor)),
+    )
+
+
+def tied_gauge(
+    first: Tensor,
+    first0: Tensor,
+    second: Tensor,
+    second0: Tensor,
+    iterations: int = 20,
+    tolerance: float = 1e-4,
+) -> Tensor:
+    """M per head that minimises ‖M·X − X0‖² + ‖M^-T·Y − Y0‖².
+
+    Starts from the best of the identity, the least-squares fit on X alone and the inverse transpose
+    of the one on Y; then Gauss–Newton on M ← (I + Δ)·M, where Δ solves the Sylvester equation
+
+        Δ·X1X1ᵀ + Y1Y1ᵀ·Δ = (X0 − X1)·X1ᵀ + Y1·(Y1 − Y0)ᵀ,   X1 = M·X,  Y1 = M^-T·Y,
+
+    with the step of each head halved until its objective falls. So no head ends farther from its
+    anchor than it was; a head that gains nothing keeps the identity.
+
+    Args:
+        first: X, (heads, dh, m) float64; ``first0`` its anchor.
+        second: Y, (heads, dh, n) float64; ``second0`` its anchor.
+        iterations: at most this many Gauss–Newton steps.
+        tolerance: a head is done when its objective falls by a smaller fraction.
+
+    Returns:
+        (heads, dh, dh) float64, invertible.
+    """
+    eye = torch.eye(first.shape[1], dtype=first.dtype, device=first.device)
+    identity = eye.expand(len(first), -1, -1)
+    on_second = _fit(second, second0)
+    starts = torch.stack([identity, _fit(first, first0), _inverse_transpose(on_second)])
+    values = torch.stack([_objective(m, first, first0, second, second0) for m in starts])
+    best = values.argmin(0)
+    heads = torch.arange(len(first), device=first.device)
+    m, value = starts[best, heads], values[best, heads]
+    x, y = m @ first, _inverse_transpose(m) @ second
+
+    active = torch.ones_like(value, dtype=torch.bool)
+    for _ in range(iterations):
+        right = (first0 - x) @ x.mT + y @ (y - second0).mT
+        delta = _sylvester(x @ x.mT, y @ y.mT, right)
+        step = active.to(value.dtype)
+        fallen = torch.zeros_like(active)
+        for _ in range(10):
+            change = eye + step[:, None, None] * delta
+            fresh_x, fresh_y = change @ x, _inverse_transpose(change) @ y
+            fresh = _residual(fresh_x, first0) + _residual(fresh_y, second0)
+            fallen = fresh < value
+            if bool((fallen | ~active).all()):
+                break
+            step = torch.where(fallen, step, step / 2)
+        take = (fallen & active)[:, None, None]
+        m = torch.where(take, change @ m, m)
+        x, y = torch.where(take, fresh_x, x), torch.where(take, fresh_y, y)
+        gained = value - torch.where(take[:, 0, 0], fresh, value)
+        active = active & (gained > tolerance * value)
+        value = value - gained
+        if not bool(active.any()):
+            break
+    return m
+
+
+def _assign(similarity: Tensor) -> Tensor:
+    """π with Σ_i similarity[i, π(i)] greatest, on the CPU."""
+    favourite = similarity.argmax(1).cpu()
+    if len(favourite.unique()) == len(favourite):
+        return favourite  # every row has its greatest entry: no assignment can do better
+
+    from scipy.optimize import linear_sum_assignment
+
+    _, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
+    return torch.from_numpy(columns)
+
+
+def _queries(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:
+    """Query rows and biases: (kv_heads, group, dh, d + 1)."""
+    value = block.read(state, "q")
+    return value.reshape(block.kv_heads, block.group, block.head_dim, -1)
+
+
+def _keys(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:
+    """Key rows without their bias, which is a gauge of its own: (kv_heads, 1, dh, d)."""
+    return block.read(state, "k")[:, None, :, :-1]
+
+
+def _values(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:
+    """Value rows and biases: (kv_heads, 1, dh, d + 1)."""
+    return block.read(state, "v")[:, None]
+
+
+def _outputs(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:
+    """Output columns: (kv_heads, group, dh, d)."""
+    return block.read_o(state).mT
+
+
+def _flat(value: Tensor) -> Tensor:
+    """(kv_heads, group, dh, m) → (kv_heads, dh, group·m): one gauge acts on the whole group."""
+    return value.transpose(1, 2).flatten(2)
+
+
+def _product_cosine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """cos(X0_iᵀY0_i, X_jᵀY_j) for anchor groups i and state groups j: (kv_heads, kv_heads).
+
+    ⟨X0ᵀY0, XᵀY⟩ = Σ_ab (X0Xᵀ)_ab·(Y0Yᵀ)_ab: Gram matrices of side dh, never a d × d product.
+    """
+
+    def gram(side: tuple[Tensor, Tensor]) -> Tensor:
+        """X0_i·X_jᵀ for all i and j: (group or 1, i, dh, j, dh)."""
+        own, anchor = (x.transpose(0, 1) for x in side)
+        flat = anchor.flatten(1, 2) @ own.flatten(1, 2).mT
+        return flat.unflatten(2, own.shape[1:3]).unflatten(1, own.shape[1:3])
+
+    def squared_norm(which: int) -> Tensor:
+        """‖XᵀY‖² of each group: (kv_heads,)."""
+        x, y = first[which], second[which]
+        return ((x @ x.mT) * (y @ y.mT)).sum((1, 2, 3))
+
+    inner = (gram(first) * gram(second)).sum((0, 2, 4))
+    squares = squared_norm(1)[:, None] * squared_norm(0)[None, :]
+    return inner / squares.sqrt().clamp_min(torch.finfo(squares.dtype).tiny)
+
+
+def _fit(x: Tensor, x0: Tensor) -> Tensor:
+    """argmin_T ‖T·X − X0‖ = X0Xᵀ(XXᵀ)^-1 per head, with a ridge far below the data's scale."""
+    gram = x @ x.mT
+    scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(x.dtype).tiny)
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    return torch.linalg.solve_ex(gram + _RIDGE * scale[:, None, None] * eye, x0 @ x.mT, left=False)[
+        0
+    ]
+
+
+def _inverse_transpose(m: Tensor) -> Tensor:
+    """M^-T per head; a singular M gives non-finite numbers, never an exception."""
+    return torch.linalg.inv_ex(m)[0].mT
+
+
+def _residual(x: Tensor, x0: Tensor) -> Tensor:
+    return (x - x0).square().sum((1, 2))
+
+
+def _objective(m: Tensor, x: Tensor, x0: Tensor, y: Tensor, y0: Tensor) -> Tensor:
+    """The objective per head; a singular or non-finite M is worst."""
+    value = _residual(m @ x, x0) + _residual(_inverse_transpose(m) @ y, y0)
+    return value.nan_to_num(nan=float("inf"))
+
+
+def _sylvester(g: Tensor, h: Tensor, right: Tensor) -> Tensor:
+    """Δ with Δ·G + H·Δ = R for symmetric positive semi-definite G and H."""
+    a, u = torch.linalg.eigh(g)
+    b, w = torch.linalg.eigh(h)
+    spectrum = b[:, :, None] + a[:, None, :]
+    floor = _RIDGE * spectrum.amax((1, 2), keepdim=True) + torch.finfo(g.dtype).tiny
+    return w @ ((w.mT @ right @ u) / (spectrum + floor)) @ u.mT

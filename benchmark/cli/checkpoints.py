@@ -1,0 +1,311 @@
+"""``protect``, ``attack``, ``merge``: one method on checkpoint folders, without a testbed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmark.cli.output import Device, Force, Json, Seed, steps
+from benchmark.errors import UsageError
+
+_BLOW_UP = 10.0
+_EXACT = 1e-4  # METHODS section 1: what float32 leaves of an exact transform
+
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
+Base = Annotated[Path, typer.Option("--base", metavar="DIR", help="The public base model.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command("protect")(protect)
+    app.command("attack")(attack)
+    app.command("merge")(merge)
+
+
+def protect(
+    expert: Annotated[Path, typer.Argument(metavar="EXPERT", help="Folder of the expert.")],
+    base: Base,
+    defense: Annotated[
+        str,
+        typer.Option(
+            "--defense", metavar="SPEC", help="NAME, NAME(parameter=value), A+B or file.py:Class."
+        ),
+    ],
+    out: Out,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Protect an expert before you release it.
+
+    Post-hoc defenses only: those that need no data.
+
+    EXPERT and --base: folders of one architecture (transformers or open_clip).
+
+    The seed is a key, with which some defenses are undone: keep it secret.
+
+    [bold]Examples[/bold]
+
+      unmergebench protect EXPERT --base BASE --defense params --out RELEASED
+
+      unmergebench protect EXPERT --base BASE --defense mergelock+params --seed 7 --out OUT
+    """  # fmt: skip
+    import torch
+
+    from benchmark import folders, methods, probe
+    from benchmark.checkpoint import compatible, norm_growth, rounded, to_device
+    from benchmark.cli.single import changed, check_result, needs_data, report, victim
+    from benchmark.device import resolve
+
+    method = methods.defense(defense)
+    if method.method.card.trains:
+        raise needs_data("defense", method.spec, "task data or training")
+    where = resolve(device)
+    folders.check_out(out, [expert, base], force)
+    with steps(4) as step:
+        step("reading")
+        source, origin = folders.load(expert), folders.load(base)
+        compatible(source.state, origin.state, f"expert {expert}")
+        step(method.spec)
+        theta, theta0 = to_device(source.state, where), to_device(origin.state, where)
+        started = time.perf_counter()
+        released = method.method.protect(
+            victim(theta0, theta, source, method.spec), torch.Generator().manual_seed(seed)
+        )
+        seconds = time.perf_counter() - started
+        check_result(released, theta0, method.spec)
+        step("comparing outputs")
+        gap = probe.gap(source, theta, released)
+        rounding = {
+            "expert": probe.gap(source, theta, rounded(theta)),
+            "released": probe.gap(source, released, rounded(released)),
+        }
+        growth = norm_growth(released, theta)
+        step("writing")
+        folders.save(released, source, out, force=force, sources=[base])
+    result = {
+        "defense": method.spec,
+        "summary": method.method.card.summary,
+        "exact": method.method.card.exact,
+        "changed_tensors": changed(released, theta),
+        "tensors": len(theta),
+        "distance_before": probe.relative_distance(theta, theta0, source.anatomy),
+        "distance_after": probe.relative_distance(released, theta0, source.anatomy),
+        "logit_gap": gap,
+        "bfloat16_gap": rounding,
+        "norm_growth": growth,
+        "flags": _flags(method.method.card.exact, gap, growth, rounding),
+        "seconds": seconds,
+        "seed": seed,
+        "left_behind": [str(file) for file in source.left_behind()],
+        "out": str(out),
+    }
+    report(result, as_json, against="the expert")
+
+
+def _flags(
+    exact: bool, gap: float | None, growth: float, rounding: Mapping[str, float | None]
+) -> list[str]:
+    """The flags of :mod:`benchmark.evaluation.flags` that show without data."""
+    flags = []
+    if exact and gap is not None and not gap <= _EXACT:
+        flags.append("not-equivalent")
+    if growth > _BLOW_UP:
+        flags.append("norm-blow-up")
+    if (rounding["released"] or 0.0) > 2 * (rounding["expert"] or 0.0):
+        flags.append("half-precision-loss")
+    return flags
+
+
+def attack(
+    released: Annotated[
+        Path, typer.Argument(metavar="RELEASED", help="Folder of the protected model.")
+    ],
+    base: Base,
+    attack_: Annotated[
+        str,
+        typer.Option(
+            "--attack", metavar="SPEC", help="NAME, NAME(parameter=value), A+B or file.py:Class."
+        ),
+    ],
+    out: Out,
+    partner: Annotated[
+        list[Path] | None,
+        typer.Option("--partner", metavar="DIR", help="An expert of your own; may be repeated."),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Attack a protected checkpoint with the weights alone.
+
+    It tells whether a release can be brought back to where merging works.
+
+    Attacks that need data run in `unmergebench run`.
+
+    [bold]Examples[/bold]
+
+      unmergebench attack RELEASED --base BASE --attack gauge-align --out RECOVERED
+
+      unmergebench attack RELEASED --base BASE --attack head-norm+weight-matching --out OUT
+    """  # fmt: skip
+    import torch
+
+    from benchmark import folders, methods, probe
+    from benchmark.checkpoint import compatible, to_device
+    from benchmark.cli.single import (
+        changed,
+        check_result,
+        check_unmoved,
+        member,
+        needs_data,
+        report,
+    )
+    from benchmark.contracts import Access, Knowledge
+    from benchmark.device import resolve
+
+    method = methods.attack(attack_)
+    if method.method.access > Access.WEIGHTS:
+        raise needs_data("attack", method.spec, f"{method.method.access.label} data")
+    where = resolve(device)
+    others = partner or []
+    folders.check_out(out, [released, base, *others], force)
+    with steps(4) as step:
+        step("reading")
+        source, origin = folders.load(released), folders.load(base)
+        compatible(source.state, origin.state, f"released model {released}")
+        experts = [member(path, origin, "partner") for path in others]
+        step(method.spec)
+        before, theta0 = to_device(source.state, where), to_device(origin.state, where)
+        knowledge = Knowledge(
+            Access.WEIGHTS, theta0, [to_device(e, where) for e in experts], source.anatomy
+        )
+        started = time.perf_counter()
+        members = method.method.members(before, knowledge, torch.Generator().manual_seed(seed))
+        seconds = time.perf_counter() - started
+        check_unmoved(members.base, theta0, method.spec)
+        for moved, was in zip(members.partners, knowledge.partners, strict=True):
+            check_unmoved(moved, was, method.spec)
+        recovered = members.released
+        check_result(recovered, theta0, method.spec)
+        step("comparing outputs")
+        gap = probe.gap(source, before, recovered)
+        step("writing")
+        folders.save(recovered, source, out, force=force, sources=[base, *others])
+    result = {
+        "attack": method.spec,
+        "summary": method.method.card.summary,
+        "changed_tensors": changed(recovered, before),
+        "tensors": len(before),
+        "distance_before": probe.relative_distance(before, theta0, source.anatomy),
+        "distance_after": probe.relative_distance(recovered, theta0, source.anatomy),
+        "logit_gap": gap,
+        "seconds": seconds,
+        "seed": seed,
+        "left_behind": [str(file) for file in source.left_behind()],
+        "out": str(out),
+    }
+    report(result, as_json, against="the released model")
+
+
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the public base model.")],
+    experts: Annotated[
+        list[Path], typer.Argument(metavar="EXPERT...", help="Folders of the models to merge.")
+    ],
+    out: Out,
+    merger: Annotated[
+        str,
+        typer.Option(
+            "--merger", metavar="SPEC", help="NAME, NAME(parameter=value) or file.py:Class."
+        ),
+    ] = "task-arithmetic",
+    coefficients: Annotated[
+        str | None,
+        typer.Option(
+            "--coefficients",
+            metavar="C,C,...",
+            help="One per expert, in order; 0 leaves it out. For slerp 1-t,t.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Merge fine-tuned models of one base.
+
+    The result is written in the format of BASE.
+
+    A model whose tensors differ in name or shape from BASE is refused.
+
+    [bold]Examples[/bold]
+
+      unmergebench merge BASE EXPERT_A EXPERT_B --coefficients 0.7,0.7 --out MERGED
+
+      unmergebench merge BASE A B --merger ties --coefficients 0.5,0.5 --out MERGED
+
+      unmergebench merge BASE A B --merger slerp --coefficients 0.6,0.4 --out MERGED
+    """  # fmt: skip
+    import torch
+
+    from benchmark import folders, methods, probe
+    from benchmark.checkpoint import to_device
+    from benchmark.cli import single
+    from benchmark.cli.single import changed, check_result, member, needs_data, report
+    from benchmark.contracts import Access, Setting
+    from benchmark.device import resolve
+
+    method = methods.merger(merger)
+    if method.method.access > Access.WEIGHTS or method.method.task_aware:
+        raise needs_data("merger", method.spec, "more than weights")
+    if coefficients is not None:
+        setting = Setting(single.coefficients(coefficients, len(experts)))
+    else:
+        space = method.method.search_space(len(experts))
+        if len(space) != 1:
+            raise UsageError(
+                f"{method.spec} needs --coefficients, one per expert, such as "
+                f"--coefficients {','.join(['0.5'] * len(experts))}"
+            )
+        setting = space[0]
+    where = resolve(device)
+    folders.check_out(out, [base, *experts], force)
+    with steps(3) as step:
+        step("reading")
+        origin = folders.load(base)
+        members = [member(path, origin, "expert") for path in experts]
+        step(method.spec)
+        theta0 = to_device(origin.state, where)
+        started = time.perf_counter()
+        merged = method.method.merge(
+            theta0,
+            [to_device(member, where) for member in members],
+            setting,
+            None,
+            torch.Generator().manual_seed(seed),
+        )
+        seconds = time.perf_counter() - started
+        check_result(merged, theta0, method.spec)
+        step("writing")
+        folders.save(merged, origin, out, force=force, sources=experts)
+    result = {
+        "merger": method.spec,
+        "summary": method.method.card.summary,
+        "experts": [str(path) for path in experts],
+        "setting": setting.to_dict(),
+        "changed_tensors": changed(merged, theta0),
+        "tensors": len(theta0),
+        "distance_after": probe.relative_distance(merged, theta0, None),
+        "seconds": seconds,
+        "seed": seed,
+        "left_behind": [str(file) for file in origin.left_behind()],
+        "out": str(out),
+    }
+    report(result, as_json)

@@ -1,0 +1,140 @@
+"""What protect, attack and merge share: members from folders, checks on a result, its report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+
+from benchmark import folders
+from benchmark.checkpoint import State, compatible
+from benchmark.cli.output import console, facts, print_json
+from benchmark.contracts import Victim
+from benchmark.errors import MethodError, UnmergeBenchError, UsageError
+from benchmark.folders import Checkpoint
+
+RUN = "`unmergebench run` gives it a testbed"
+
+
+class _NoData:
+    """Stands where a testbed would supply data or training; any use of it says what to do."""
+
+    def __init__(self, spec: str) -> None:
+        self._spec = spec
+
+    def _refuse(self) -> NoReturn:
+        raise needs_data("defense", self._spec, "task data or training")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle probe for these
+            raise AttributeError(name)
+        self._refuse()
+
+    def __call__(self, *arguments: object, **named: object) -> Any:
+        self._refuse()
+
+
+def needs_data(kind: str, spec: str, what: str) -> UsageError:
+    """The refusal of a method that cannot work on folders."""
+    return UsageError(f"{kind} {spec} needs {what}, and folders give weights only; {RUN}")
+
+
+def victim(base: State, expert: State, source: Checkpoint, spec: str) -> Victim:
+    """What the owner of a folder has: two States and the anatomy; the rest refuses."""
+    absent = cast(Any, _NoData(spec))
+    return Victim(
+        base=base,
+        expert=expert,
+        anatomy=source.anatomy,
+        task=absent,
+        recipe=absent,
+        fine_tune=absent,
+        initialise=absent,
+        features=absent,
+    )
+
+
+def member(path: Path, origin: Checkpoint, role: str) -> State:
+    """The State of another folder that is merged with ``origin``."""
+    state = folders.load(path).state
+    compatible(state, origin.state, f"{role} {path}")
+    return state
+
+
+def check_result(state: State, base: State, spec: str) -> None:
+    """A method's result, held to the contract before anything is written."""
+    try:
+        compatible(state, base, f"the result of {spec}")
+    except UnmergeBenchError as error:
+        raise MethodError(f"{error}; nothing was written") from None
+
+
+def check_unmoved(now: State, before: State, spec: str) -> None:
+    """Refuse an attack that re-expresses the other members too: one folder cannot hold that."""
+    if changed(now, before):
+        raise UsageError(
+            f"attack {spec} also moves the base or the partners, so its result cannot be merged "
+            f"with them as they are; {RUN}"
+        )
+
+
+def changed(now: State, before: State) -> int:
+    """Number of tensors that differ."""
+    return sum(v is not before[k] and not torch.equal(v, before[k]) for k, v in now.items())
+
+
+def coefficients(text: str, members: int) -> tuple[float, ...]:
+    """``"0.7,0.7"`` → (0.7, 0.7), one per member."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--coefficients {text!r}: write numbers, such as 0.7,0.7") from None
+    if len(values) != members:
+        raise UsageError(f"--coefficients gives {len(values)} numbers for {members} experts")
+    if not all(math.isfinite(value) for value in values):
+        raise UsageError(f"--coefficients {text!r}: coefficients must be finite")
+    return values
+
+
+def report(result: dict[str, Any], as_json: bool, against: str = "") -> None:
+    """Print what was done, as JSON or for people."""
+    if as_json:
+        print_json(result)
+        return
+    rows: list[tuple[str, object]] = [("what", result["summary"])]
+    if "setting" in result:
+        rows.append(
+            ("coefficients", ", ".join(f"{c:g}" for c in result["setting"]["coefficients"]))
+        )
+    rows.append(("tensors changed", f"{result['changed_tensors']} of {result['tensors']}"))
+    distance = f"{result['distance_after']:.2%}"
+    if "distance_before" in result:
+        distance = f"{result['distance_before']:.2%} → {distance}"
+    rows.append(("distance from the base", distance))
+    if against:
+        gap = result["logit_gap"]
+        shown = (
+            "not checked: no random inputs known for this model" if gap is None else f"{gap:.1e}"
+        )
+        rows.append(("max relative |Δlogit|", f"{shown} (against {against}, random inputs)"))
+    if "bfloat16_gap" in result:
+        values = result["bfloat16_gap"].values()
+        shown = " → ".join("not checked" if value is None else f"{value:.1e}" for value in values)
+        rows.append(("|Δlogit| from bfloat16", f"{shown} (expert → released)"))
+        rows.append(("largest norm growth", f"{result['norm_growth']:.1f}×"))
+    rows += [("seconds", f"{result['seconds']:.2f}"), ("seed", result["seed"])]
+    if result["left_behind"]:
+        rows.append(("not copied", _some(result["left_behind"])))
+    if result.get("flags"):
+        rows.append(("flags", f"{', '.join(result['flags'])} (see unmergebench explain)"))
+    rows.append(("written", result["out"]))
+    name = next(result[kind] for kind in ("defense", "attack", "merger") if kind in result)
+    console().print(facts(name, rows))
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

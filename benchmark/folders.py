@@ -1,0 +1,253 @@
+"""Checkpoint folders in and out: transformers (``config.json``) and open_clip.
+
+A State lives under the in-memory names of the loaded model; transformers 5 renames modules on load
+(METHODS section 4, "Names"), so a folder is written back under the names it came with, shard by
+shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from benchmark import tensorfiles
+from benchmark.checkpoint import State, compatible, finite
+from benchmark.errors import CheckpointError, UsageError
+from benchmark.loaders import CLIP_CONFIG, main_dtype, open_clip_model, transformers_model
+from benchmark.tensorfiles import TensorFile
+
+if TYPE_CHECKING:
+    from benchmark.anatomy import Anatomy
+
+_HF, _HF_INDEX = "model.safetensors", "model.safetensors.index.json"
+_CLIP = "open_clip_model.safetensors"
+_CONFIGS = ("config.json", CLIP_CONFIG)
+# Weights in another format would release the unprotected expert beside the protected one.
+_WEIGHTS = (
+    *tensorfiles.PICKLES, ".safetensors", ".safetensors.index.json", ".bin.index.json", ".onnx",
+    ".onnx_data", ".gguf", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel", ".npz", ".npy",
+)  # fmt: skip
+_SMALL = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded folder.
+
+    ``model`` runs any State of the architecture (``torch.func.functional_call``). ``names``: name
+    in the file → name in ``state``; tied weights have one in-memory name, the first.
+    ``extra``: tensors of the file that the model does not use, written back as they came.
+    """
+
+    path: Path
+    kind: Literal["transformers", "open_clip"]
+    model: nn.Module
+    state: State
+    names: dict[str, str]
+    files: tuple[TensorFile, ...]
+    extra: State
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The blocks of the model. Raises UsageError for an architecture without a table row."""
+        from benchmark.anatomy import Anatomy
+
+        return Anatomy.of(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype most of the tensors have."""
+        return main_dtype(self.state)
+
+    @property
+    def shards(self) -> int:
+        """Number of safetensors files."""
+        return len(self.files)
+
+    def carried(self) -> list[Path]:
+        """Small files that go along (config, tokenizer, ...), relative to the folder."""
+        return [file for file in _files(self.path) if self._carries(file)]
+
+    def left_behind(self) -> list[Path]:
+        """Files that never go along: pickles, weights in other formats, anything over 64 MiB."""
+        weights = {file.name for file in self.files}
+        return [f for f in _files(self.path) if not self._carries(f) and str(f) not in weights]
+
+    def _carries(self, file: Path) -> bool:
+        if str(file) == _HF_INDEX:
+            return self.shards > 1 or self.files[0].name != _HF
+        return not file.name.endswith(_WEIGHTS) and (self.path / file).stat().st_size <= _SMALL
+
+
+def load(path: Path | str) -> Checkpoint:
+    """Read a checkpoint folder.
+
+    Raises:
+        CheckpointError: not a folder, no config, weights missing, pickled, cut short, incomplete,
+            of the wrong shape, or not finite.
+    """
+    path = Path(path)
+    _check_folder(path)
+    if (path / "config.json").is_file() and any((path / n).is_file() for n in (_HF, _HF_INDEX)):
+        kind: Literal["transformers", "open_clip"] = "transformers"
+        shards = [_HF] if (path / _HF).is_file() else _shards(path / _HF_INDEX)
+    elif (path / CLIP_CONFIG).is_file() and (path / _CLIP).is_file():
+        kind, shards = "open_clip", [_CLIP]
+    else:
+        raise _no_weights(path)
+    files, tensors = [], State()
+    for shard in shards:
+        layout, part = tensorfiles.read(path / shard)
+        if twice := tensors.keys() & part.keys():
+            raise CheckpointError(f"{path}: tensor {min(twice)!r} is in two shards; save it again")
+        files.append(layout)
+        tensors.update(part)
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors; save the model again")
+    finite(tensors, str(path))
+    build = transformers_model if kind == "transformers" else open_clip_model
+    model, names = build(path, tensors)
+    order = {key: position for position, key in enumerate(model.state_dict())}
+    by_key = {names[name]: tensors[name] for name in reversed(tensors) if name in names}
+    state = {key: by_key[key] for key in sorted(by_key, key=order.__getitem__)}
+    extra = {name: value for name, value in tensors.items() if name not in names}
+    return Checkpoint(path, kind, model, state, names, tuple(files), extra)
+
+
+def save(
+    state: Mapping[str, torch.Tensor],
+    like: Checkpoint,
+    out: Path | str,
+    *,
+    force: bool = False,
+    sources: Sequence[Path] = (),
+) -> None:
+    """Write ``state`` as a folder in the format, names, dtypes and shards of ``like``.
+
+    The folder appears whole or not at all. ``force`` replaces an existing checkpoint folder.
+
+    Raises:
+        CheckpointError: ``state`` does not fit ``like``.
+        UsageError: ``out`` cannot be written to (:func:`check_out`).
+    """
+    out = Path(out)
+    compatible(state, like.state, "the model to be written")
+    with _replacing(out, [like.path, *sources], force) as temporary:
+        for file in like.carried():
+            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(like.path / file, temporary / file)
+        for layout in like.files:
+            tensors = {
+                name: state[like.names[name]] if name in like.names else like.extra[name]
+                for name in layout.names
+            }
+            tensorfiles.write(temporary / layout.name, layout, tensors)
+
+
+def check_out(out: Path, sources: Sequence[Path], force: bool) -> None:
+    """Raise UsageError unless a result may be written to the folder ``out``.
+
+    It must not hold, or lie in, a folder that was read; if it exists and is not empty, it must be a
+    checkpoint, and ``force`` given.
+    """
+    here = out.resolve()
+    for source in (s.resolve() for s in sources):
+        if here == source or here in source.parents or source in here.parents:
+            raise UsageError(f"--out {out} overlaps the input {source}; choose another folder")
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise UsageError(f"--out {out} is not a folder; choose another name")
+    if not any(out.iterdir()):
+        return
+    if not any((out / config).is_file() for config in _CONFIGS):
+        raise UsageError(f"--out {out} holds other files; choose an empty or a new folder")
+    if not force:
+        raise UsageError(f"--out {out} already holds a checkpoint; add --force to replace it")
+
+
+@contextmanager
+def _replacing(out: Path, sources: Sequence[Path], force: bool) -> Iterator[Path]:
+    """A temporary sibling of the folder ``out`` that takes its place only on success."""
+    check_out(out, sources, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        made = temporary / "new"
+        made.mkdir()  # with the user's own mode, unlike mkdtemp's
+        yield made
+        check_out(out, sources, force)
+        if out.exists():
+            out.replace(temporary / "old")
+        made.replace(out)
+    except BaseException:
+        if (temporary / "old").exists() and not out.exists():
+            (temporary / "old").replace(out)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_file():
+        if path.name.endswith(tensorfiles.PICKLES):
+            raise tensorfiles.refuse_pickle(path)
+        raise CheckpointError(
+            f"{path} is a file; give the folder that holds it and its config.json"
+        )
+    if not path.is_dir():
+        raise CheckpointError(
+            f"no such folder: {path}; fetch a hub model with 'hf download ID --local-dir DIR'"
+        )
+    if not any((path / name).is_file() for name in _CONFIGS):
+        adapter = (path / "adapter_config.json").is_file()
+        remedy = (
+            "merge the adapter into its base first" if adapter else "add the model's config.json"
+        )
+        raise CheckpointError(f"{path} has no config.json (nor {CLIP_CONFIG}); {remedy}")
+
+
+def _no_weights(path: Path) -> CheckpointError:
+    present = sorted(p for p in path.iterdir() if p.is_file())
+    for file in present:
+        if file.name.endswith(tensorfiles.PICKLES):
+            return tensorfiles.refuse_pickle(file)
+    wanted = _HF if (path / "config.json").is_file() else _CLIP
+    other = [p.name for p in present if p.suffix == ".safetensors"]
+    found = f" (only {', '.join(other)})" if other else ""
+    return CheckpointError(
+        f"{path} has no {wanted}{found}; copy or rename the weights to that name"
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} has no readable weight_map; copy it again") from None
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} points to {name!r}, not to a safetensors file beside it"
+            )
+    return names
+
+
+def _files(path: Path) -> list[Path]:
+    """Every file below ``path`` but in hidden folders (.git, .cache), relative and sorted."""
+    found = []
+    for folder, folders, files in os.walk(path):
+        folders[:] = [f for f in folders if not f.startswith((".", "__pycache__"))]
+        found += [(Path(folder) / file).relative_to(path) for file in files]
+    return sorted(file for file in found if (path / file).is_file())

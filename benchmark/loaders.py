@@ -1,0 +1,183 @@
+"""Tensors of a checkpoint folder → a model that runs them, and their in-memory names.
+
+Which file name became which in-memory name is found by *tracing*: the model is loaded once more
+from tensors that each hold their own number. So no table of transformers' renamings is kept here.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmark.checkpoint import State, compatible
+from benchmark.errors import CheckpointError
+
+CLIP_CONFIG = "open_clip_config.json"
+_FIRST_TRACE = 2**20  # no buffer holds such a number; float32 is exact up to 2**24
+
+
+def main_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The floating dtype most entries have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for value in tensors.values():
+        if value.is_floating_point():
+            sizes[value.dtype] += value.numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def transformers_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str, str]]:
+    """The model of a transformers folder, and file name → in-memory name of its tensors.
+
+    Raises:
+        CheckpointError: the config or the tensors do not make a model.
+    """
+    with _quiet():
+        config, cls = _architecture(path)
+
+        def loaded(values: State, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+            return cls.from_pretrained(
+                None,
+                config=copy.deepcopy(config),  # loading edits it
+                state_dict=dict(values),
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # reported by us, in one line
+                output_loading_info=True,
+            )
+
+        try:
+            model, info = loaded(tensors, main_dtype(tensors))
+            _check_loaded(path, cls.__name__, info)
+            traced, _ = loaded(_numbered(tensors), torch.float32)
+        except (RuntimeError, ValueError, TypeError, KeyError, ImportError, OSError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{path}: {cls.__name__} cannot be loaded: {reason}") from error
+    names = _match(model, traced, list(tensors))
+    weights = model.state_dict()
+    for name, key in names.items():
+        if not torch.equal(weights[key], tensors[name].to(weights[key].dtype)):
+            raise CheckpointError(
+                f"{path}: transformers does more than rename tensor {name!r} on load; "
+                "such architectures (mixtures of experts, ...) are not supported"
+            )
+    used = set(names.values())
+    for key, parameter in model.named_parameters():
+        if key not in used:
+            raise CheckpointError(f"{path} lacks tensor {key!r}, or stores it in several pieces")
+        parameter.requires_grad_(False)
+    return model.eval(), names
+
+
+def _architecture(path: Path) -> tuple[Any, Any]:
+    """Config and model class: the one that config.architectures names, else the bare model."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"cannot use {path / 'config.json'}: {reason}") from None
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(f"{path} is quantised; use its full-precision checkpoint")
+    for name in config.architectures or ():
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return config, cls
+    try:
+        cls = transformers.MODEL_MAPPING[type(config)]
+    except KeyError:
+        named = ", ".join(config.architectures or [config.model_type])
+        raise CheckpointError(f"{path}: transformers has no class {named}; update it") from None
+    return config, cls[0] if isinstance(cls, tuple) else cls
+
+
+def _check_loaded(path: Path, cls: str, info: Mapping[str, Any]) -> None:
+    if missing := sorted(info["missing_keys"]):
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{path} lacks tensor {missing[0]!r}{more}, which {cls} needs; "
+            "correct 'architectures' in its config.json, or save the whole model"
+        )
+    if mismatched := sorted(info["mismatched_keys"], key=str):
+        key, found, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{path}: tensor {key!r} has shape {tuple(found)}, its config says {tuple(wanted)}; "
+            "correct config.json"
+        )
+    if info.get("error_msgs"):
+        raise CheckpointError(f"{path}: {str(info['error_msgs'][0]).splitlines()[0]}")
+
+
+def _numbered(tensors: State) -> State:
+    """Tensors that hold their own number everywhere, and take no memory."""
+    return {
+        name: torch.full((), float(_FIRST_TRACE + number)).expand(value.shape)
+        for number, (name, value) in enumerate(tensors.items())
+    }
+
+
+def _match(model: nn.Module, traced: nn.Module, files: list[str]) -> dict[str, str]:
+    """File name → in-memory name, the first one where weights are tied."""
+    first: dict[int, str] = {}
+    canonical = {
+        key: first.setdefault(id(value), key)
+        for key, value in model.state_dict(keep_vars=True).items()
+    }
+    names: dict[str, str] = {}
+    for key, value in traced.state_dict().items():
+        if not value.numel():
+            continue
+        number = value.flatten()[0].item() - _FIRST_TRACE
+        if number in range(len(files)) and bool((value == value.flatten()[0]).all()):
+            names.setdefault(files[int(number)], canonical[key])
+    return names
+
+
+def open_clip_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str, str]]:
+    """The same for an open_clip folder, where both names are one."""
+    import open_clip
+
+    with _quiet():
+        try:
+            model = open_clip.create_model(
+                f"local-dir:{path}", load_weights=False, pretrained_text=False
+            )
+        except (RuntimeError, ValueError, TypeError, KeyError, OSError, AssertionError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"cannot use {path / CLIP_CONFIG}: {reason}") from None
+    wanted = model.state_dict()
+    reference = {  # the file's dtype is as good as the config's
+        key: value.to(tensors[key].dtype) if key in tensors else value
+        for key, value in wanted.items()
+    }
+    used = {key: value for key, value in tensors.items() if key in wanted}
+    compatible(used, reference, str(path))
+    # open_clip's own loader would convert legacy names; here the file must already have today's.
+    model.load_state_dict(used)
+    return model.eval().requires_grad_(False), {key: key for key in used}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and load reports of the libraries: ours say what is wrong."""
+    import transformers.utils.logging as verbosity
+
+    level, bars = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
+    disabled = logging.root.manager.disable
+    verbosity.set_verbosity_error()
+    verbosity.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        verbosity.set_verbosity(level)
+        if bars:
+            verbosity.enable_progress_bar()

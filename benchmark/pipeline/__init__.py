@@ -1,0 +1,1 @@
+"""Plan → cells → execute → results, over a content-addressed store that resumes."""

@@ -1,0 +1,157 @@
+"""The models a free-rider may end with, each known by what determines it before it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from benchmark.checkpoint import State, compatible
+from benchmark.contracts import Attack, Merger, Setting
+from benchmark.methods import Named
+from benchmark.pipeline.fingerprint import sha
+from benchmark.pipeline.suite import Group
+from benchmark.pipeline.workbench import Model, Workbench, generator, method_key
+
+
+@dataclass(frozen=True)
+class Part:
+    """A State that enters a merge: its sha256, and how to get it."""
+
+    sha256: str
+    state: Callable[[], State]
+
+    @staticmethod
+    def of(model: Model) -> Part:
+        return Part(model.sha256, model.state)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``content`` identifies the model, ``build`` makes its State; ``kind`` groups alternatives."""
+
+    name: str
+    content: str
+    build: Callable[[], State]
+    setting: Setting | None = None
+    kind: str = ""
+
+
+def members(attacked: Model) -> tuple[Part, list[Part]]:
+    """Base and members of the merge as an attack left them (it may have moved all of them)."""
+    facts = attacked.facts
+    base = Part(facts["base"], lambda: attacked.members().base)
+    partners = [
+        Part(sha256, lambda i=i: attacked.members().partners[i])  # type: ignore[misc]
+        for i, sha256 in enumerate(facts["partners"])
+    ]
+    return base, [Part.of(attacked), *partners]
+
+
+def merges(
+    bench: Workbench,
+    merger: Named[Merger],
+    base: Part,
+    parts: Sequence[Part],
+    settings: Sequence[Setting],
+    group: Group,
+    seed: int,
+    kind: str,
+) -> list[Candidate]:
+    """One candidate per setting. A member at coefficient 0 is no part of its identity.
+
+    So the merges without the victim are evaluated once, whatever defends it.
+    """
+    method = method_key(merger.method)
+    # Only a merger that draws has results per seed; its draws belong to positions.
+    draws = ["merge", merger.spec, group.victim, group.partners, seed]
+    draws = [*draws, len(parts)] if merger.method.stochastic else []
+    identity = sha(merger.spec, method, base.sha256, [p.sha256 for p in parts], draws)
+
+    def prepared() -> Callable[[Setting], State]:
+        return merger.method.prepare(
+            base.state(), [part.state() for part in parts], None, generator(*draws)
+        )
+
+    def build(setting: Setting) -> State:
+        merged = bench.store.recent(f"prepared:{identity}", prepared)(setting)
+        compatible(merged, base.state(), f"merger {merger.spec}")
+        return merged
+
+    def content(setting: Setting) -> str:
+        used = [
+            [part.sha256, coefficient, position if draws else 0]
+            for position, (part, coefficient) in enumerate(
+                zip(parts, setting.coefficients, strict=True)
+            )
+            if coefficient != 0
+        ]
+        return sha("merged", merger.spec, method, base.sha256, used, setting.parameters, draws)
+
+    return [
+        Candidate(kind, content(s), lambda s=s: build(s), s, kind)  # type: ignore[misc]
+        for s in settings
+    ]
+
+
+def outside(
+    bench: Workbench,
+    released: Model,
+    merger: Named[Merger],
+    settings: Sequence[Setting],
+    group: Group,
+    seed: int,
+) -> list[Candidate]:
+    """What a free-rider has without merging the victim (DESIGN section 4).
+
+    The released model used alone, each partner alone, the partners merged without it, the base.
+    """
+    experts = [bench.expert(partner) for partner in group.partners]
+    base = Part.of(bench.base)
+    without = [Setting(s.coefficients[1:], s.parameters) for s in settings if not s.coefficients[0]]
+    parts = [Part.of(expert) for expert in experts]
+    return [
+        Candidate("released alone", released.sha256, released.state, kind="released"),
+        *(
+            Candidate(f"{partner} alone", expert.sha256, expert.state, kind="partners")
+            for partner, expert in zip(group.partners, experts, strict=True)
+        ),
+        *merges(bench, merger, base, parts, without, group, seed, "partners"),
+        Candidate("base", base.sha256, base.state, kind="base"),
+    ]
+
+
+def refined(
+    bench: Workbench, candidate: Candidate, attack: Named[Attack], group: Group, seed: int
+) -> Candidate:
+    """The candidate after the attack worked on it; what that took is stored under its content."""
+    content = sha(
+        "refined",
+        [bench.key, candidate.content, attack.spec, method_key(attack.method)],
+        group.model_dump(),
+        seed,
+    )
+
+    def make() -> State:
+        bench.notify(f"{attack.spec} on {candidate.name}")
+        knowledge = bench.knowledge(attack, group)
+        # The same draws for every candidate: the outside options get the same examples.
+        rng = generator("refine", attack.spec, group.victim, group.partners, seed)
+        state = attack.method.refine(candidate.build(), knowledge, rng)
+        compatible(state, bench.evaluator.base, f"attack {attack.spec} after the merge")
+        bench.store.put(f"spent:{content}", asdict(knowledge.budget))
+        return state
+
+    def build() -> State:
+        made: State = bench.store.recent(f"refined:{content}", make)
+        return made
+
+    return Candidate(
+        f"{candidate.name}, refined", content, build, candidate.setting, candidate.kind
+    )
+
+
+def spent(bench: Workbench, candidate: Candidate) -> dict[str, float]:
+    """The budget of a refined candidate (built if it never was)."""
+    if bench.store.get(f"spent:{candidate.content}") is None:
+        candidate.build()
+    return dict(bench.store.get(f"spent:{candidate.content}") or {})

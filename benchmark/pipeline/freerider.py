@@ -1,0 +1,185 @@
+"""The rational free-rider: tries all candidates on validation, keeps the best, and is tested once.
+
+An attack that refines the merged model also refines the outside options with the same data and
+steps, so that data alone never counts as breaking a defense.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from benchmark.contracts import Attack, Defense, Merger, Setting
+from benchmark.errors import MethodError, UsageError
+from benchmark.evaluation.scoring import accuracies
+from benchmark.evaluation.search import Racer, race
+from benchmark.methods import Named
+from benchmark.pipeline import candidates as made
+from benchmark.pipeline.candidates import Candidate
+from benchmark.pipeline.suite import Group, Suite
+from benchmark.pipeline.workbench import Workbench
+
+Ranked = list[tuple[Candidate, float]]
+
+
+class Skip(Exception):
+    """The merger does not apply: these cells make no sense, and nothing failed."""
+
+
+@dataclass
+class Outcome:
+    """The candidate that validation picked, its validation score, and its test outcomes by task.
+
+    ``merge`` is the best candidate that uses the victim, whether or not it won.
+    """
+
+    best: Candidate
+    score: float
+    correct: dict[str, np.ndarray]
+    merge: Candidate | None = None
+    spent: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class FreeRider:
+    """Searches on one testbed under one suite's validation and test sizes; remembers outcomes."""
+
+    def __init__(self, bench: Workbench, suite: Suite) -> None:
+        self.bench = bench
+        self.suite = suite
+        self._outcomes: dict[tuple[str, ...], Outcome] = {}
+
+    def check(self, group: Group) -> None:
+        """Raise UsageError if a task has fewer validation examples than the search wants."""
+        wanted = self.suite.validation_rungs[-1]
+        for task in (group.victim, *group.partners):
+            found = self.bench.size(task, "validation")
+            if found < wanted:
+                raise UsageError(
+                    f"task {task} has {found} validation examples, the suite's last validation "
+                    f"rung is {wanted}; lower it"
+                )
+
+    def outside(
+        self,
+        defense: Named[Defense],
+        attack: Named[Attack],
+        merger: Named[Merger],
+        group: Group,
+        seed: int,
+    ) -> Outcome:
+        """G0: the best without merging the victim, with the data and compute of the attack."""
+        refines = attack.method.refines
+        means = attack.spec if refines else ""
+        key = ("outside", defense.spec, means, merger.spec, repr(group), str(seed))
+        if key not in self._outcomes:
+            released = self.bench.released(defense, group.victim, seed)
+            settings = self.settings(merger, group)
+            options = made.outside(self.bench, released, merger, settings, group, seed)
+            ranked = self._race(options, group)
+            if refines:
+                best_of_each: dict[str, Candidate] = {}
+                for option, _ in ranked:
+                    best_of_each.setdefault(option.kind, option)
+                after = [
+                    made.refined(self.bench, option, attack, group, seed)
+                    for option in best_of_each.values()
+                ]
+                ranked = self._race(after, group, known=[ranked[0][0]])
+            self._outcomes[key] = self._outcome(ranked, group)
+        return self._outcomes[key]
+
+    def situation(
+        self,
+        defense: Named[Defense],
+        attack: Named[Attack],
+        merger: Named[Merger],
+        group: Group,
+        seed: int,
+    ) -> Outcome:
+        """G: the best of all, merging the victim or not."""
+        key = ("all", defense.spec, attack.spec, merger.spec, repr(group), str(seed))
+        if key in self._outcomes:
+            return self._outcomes[key]
+        outside = self.outside(defense, attack, merger, group, seed).best
+        start = time.perf_counter()
+        base, parts = made.members(self.bench.recovered(defense, attack, group, seed))
+        settings = [s for s in self.settings(merger, group) if s.coefficients[0]]
+        options = made.merges(self.bench, merger, base, parts, settings, group, seed, "merge")
+        ranked = self._race(options, group, known=[outside])
+        merge = next(option for option, _ in ranked if option.kind == "merge")
+        spent: dict[str, float] = {}
+        if attack.method.refines:
+            refined = made.refined(self.bench, merge, attack, group, seed)
+            spent = made.spent(self.bench, refined)
+            ranked = self._race([refined, merge], group, known=[outside])
+            merge = next(option for option, _ in ranked if option.kind == "merge")
+        outcome = self._outcome(ranked, group)
+        outcome.merge, outcome.spent = merge, spent
+        outcome.seconds = time.perf_counter() - start
+        self._outcomes[key] = outcome
+        return outcome
+
+    def settings(self, merger: Named[Merger], group: Group) -> list[Setting]:
+        """The search space for this many members.
+
+        Raises:
+            Skip: the merger does not merge so many.
+        """
+        try:
+            return merger.method.search_space(1 + len(group.partners))
+        except MethodError as error:
+            raise Skip(str(error)) from None
+
+    def experts(self, group: Group, split: str) -> dict[str, np.ndarray]:
+        """Outcomes of each task's own expert on its own task."""
+        out = {}
+        for task in (group.victim, *group.partners):
+            expert = self.bench.expert(task)
+            stops = [len(self.rows(task))]
+            if split == "validation":  # in the pieces that the race asks for, so they are shared
+                stops = list(self.suite.validation_rungs)
+            pieces = [
+                self.bench.bits(expert.sha256, expert.state, task, split, range(start, stop))
+                for start, stop in zip([0, *stops], stops, strict=False)
+            ]
+            out[task] = np.concatenate(pieces)
+        return out
+
+    def rows(self, task: str) -> range:
+        """The test examples that count: as many as the suite asks for and the task has."""
+        return range(min(self.suite.test, self.bench.size(task, "test")))
+
+    def test(self, candidate: Candidate, group: Group) -> dict[str, np.ndarray]:
+        """Test outcomes by task."""
+        return {
+            task: self.bench.bits(candidate.content, candidate.build, task, "test", self.rows(task))
+            for task in (group.victim, *group.partners)
+        }
+
+    def _race(
+        self, options: Sequence[Candidate], group: Group, known: Sequence[Candidate] = ()
+    ) -> Ranked:
+        """Options with their validation scores: those that saw all of it first, best first.
+
+        ``known`` ones were through a race already: they are the mark to beat, and cost nothing.
+        """
+        by_name = {str(i): c for i, c in enumerate([*options, *known])}
+        racers = [Racer(name, safe=int(name) >= len(options)) for name in by_name]
+        expert = accuracies(self.experts(group, "validation"))
+
+        def correct(name: str, task: str, rows: range) -> np.ndarray:
+            option = by_name[name]
+            return self.bench.bits(option.content, option.build, task, "validation", rows)
+
+        race(racers, correct, expert, self.suite.validation_rungs)
+        scored = [(r.seen, float(r.outcomes(expert).mean()), by_name[r.name]) for r in racers]
+        scored.sort(key=lambda entry: (-entry[0], -entry[1]))
+        return [(option, score) for _, score, option in scored]
+
+    def _outcome(self, ranked: Ranked, group: Group) -> Outcome:
+        best, score = ranked[0]
+        return Outcome(best, score, self.test(best, group))

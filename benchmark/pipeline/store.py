@@ -1,0 +1,137 @@
+"""The content-addressed store: States in safetensors files, results in one SQLite file.
+
+Keys are the sha256 of everything that determines a value, so what is there is right, by whomever it
+was written: a killed run resumes where it stopped, and processes share work. Writes are atomic; a
+damaged artifact is detected by its hash and made again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from benchmark.checkpoint import State, digest
+from benchmark.paths import replacing
+from benchmark.pipeline.fingerprint import sha
+
+log = logging.getLogger(__name__)
+
+
+class Store:
+    """Values by key under ``root``. ``memory`` States are kept in RAM, least recently used out."""
+
+    def __init__(self, root: Path, memory: int = 8) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+        self._states: OrderedDict[str, Any] = OrderedDict()
+        self._memory = memory
+        self._database = self._open(root / "results.sqlite")
+
+    def _open(self, path: Path) -> sqlite3.Connection:
+        try:
+            return self._connect(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # locked or unwritable, not damaged
+                raise OSError(13, str(error), str(path)) from error
+            log.warning("%s is damaged (%s): its results are computed again", path.name, error)
+            path.replace(path.with_suffix(".damaged"))
+            for leftover in ("-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    Path(f"{path}{leftover}").unlink()
+            return self._connect(path)
+
+    @staticmethod
+    def _connect(path: Path) -> sqlite3.Connection:
+        database = sqlite3.connect(path, timeout=60, isolation_level=None)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=NORMAL")
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, value TEXT, sha256 TEXT)"
+        )
+        return database
+
+    def close(self) -> None:
+        self._database.close()
+
+    def get(self, key: str) -> Any | None:
+        """A stored JSON value, or None (also if its row is damaged)."""
+        row = self._database.execute(
+            "SELECT value, sha256 FROM results WHERE key = ?", (key,)
+        ).fetchone()
+        if row is None or sha(key, row[0]) != row[1]:
+            return None
+        return json.loads(row[0])
+
+    def put(self, key: str, value: Any) -> None:
+        """Store a JSON value; the last writer wins, and all writers of a key agree."""
+        text = json.dumps(value, sort_keys=True)
+        self._database.execute(
+            "INSERT OR REPLACE INTO results VALUES (?, ?, ?)", (key, text, sha(key, text))
+        )
+
+    def result(self, key: str, make: Callable[[], Any]) -> Any:
+        """The stored value, computed and stored if it is not there."""
+        value = self.get(key)
+        if value is None:
+            value = make()
+            self.put(key, value)
+        return value
+
+    def recent(self, key: str, make: Callable[[], Any]) -> Any:
+        """A value kept in memory only, made again once it has fallen out."""
+        if key not in self._states:
+            self._states[key] = make()
+            while len(self._states) > self._memory:
+                self._states.popitem(last=False)
+        self._states.move_to_end(key)
+        return self._states[key]
+
+    def state(self, key: str, base: State, make: Callable[[], State]) -> State:
+        """A State kept on disk, as the tensors in which it differs from ``base``.
+
+        One process makes it; others that ask meanwhile wait for it.
+        """
+        path = self.root / "states" / f"{key}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            found = _read(path, base)
+            if found is None:
+                found = make()
+                _write(path, found, base)
+            return found
+
+
+def _write(path: Path, state: State, base: State) -> None:
+    moved = {
+        k: v.detach().cpu().contiguous() for k, v in state.items() if not torch.equal(v, base[k])
+    }
+    with replacing(path) as temporary:
+        save_file(moved, temporary, metadata={"sha256": digest(moved)})
+
+
+def _read(path: Path, base: State) -> State | None:
+    if not path.exists():
+        return None
+    device = next(iter(base.values())).device
+    try:
+        with safe_open(path, framework="pt") as file:
+            moved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            recorded = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError, ValueError) as error:
+        log.warning("%s is damaged (%s): made again", path.name, error)
+        return None
+    if digest(moved) != recorded or not moved.keys() <= base.keys():
+        log.warning("%s does not match its hash: made again", path.name)
+        return None
+    return {k: moved[k].to(device) if k in moved else v for k, v in base.items()}

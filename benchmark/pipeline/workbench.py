@@ -1,0 +1,322 @@
+"""The nodes of a plan on one testbed and one device: expert → released → recovered → merged → bits.
+
+A node is known by the key of everything that determines it and is made only when a result that
+needs it is not in the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmark.checkpoint import State, compatible, digest, norm_growth, rounded, to_device
+from benchmark.contracts import Access, Attack, Defense, Knowledge, Members, Testbed, Victim
+from benchmark.data import Split
+from benchmark.evaluation.accuracy import Evaluator, relative_gap
+from benchmark.evaluation.statistics import pack_bits, unpack_bits
+from benchmark.methods import Named
+from benchmark.pipeline.fingerprint import sha, source_hash
+from benchmark.pipeline.store import Store
+from benchmark.pipeline.suite import Group
+from benchmark.specs import parameters
+from benchmark.training import Loss, Recipe, fine_tune
+
+
+def generator(*parts: Any) -> torch.Generator:
+    """A CPU generator seeded by what it is for, so that no draw depends on what ran before."""
+    seed = int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(seed)
+
+
+def method_key(method: Any) -> list[Any]:
+    """What a method's results depend on: its parameters and its source."""
+    parts = getattr(method, "parts", None)
+    if parts is not None:
+        return [method_key(part) for part in parts]
+    return [type(method).__qualname__, parameters(method), source_hash(type(method).__module__)]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The members of a merge (for an expert or a release: only ``released`` matters), made lazily.
+
+    ``facts``: sha256 of ``base``, ``released`` and each partner, seconds and budget of its making.
+    """
+
+    key: str
+    members: Callable[[], Members]
+    facts: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        return str(self.facts["released"])
+
+    def state(self) -> State:
+        return self.members().released
+
+
+class Workbench:
+    """Makes and evaluates models of one testbed. ``notify(text)`` hears what is being done."""
+
+    def __init__(
+        self,
+        testbed: Named[Testbed],
+        device: torch.device,
+        store: Store,
+        notify: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.testbed = testbed.method
+        self.name = testbed.spec
+        self.evaluator = Evaluator(self.testbed, device)
+        self.store = store
+        self.notify = notify
+        self.key = testbed_key(self.testbed, device)
+
+    @cached_property
+    def anatomy(self) -> Any:
+        return self.testbed.anatomy()
+
+    @cached_property
+    def base(self) -> Model:
+        """The public base."""
+        state = self.evaluator.base
+        return Model(self.key, lambda: Members(state, state, ()), {"released": digest(state)})
+
+    def expert(self, task: str) -> Model:
+        """Trained once per testbed and task, kept on disk."""
+
+        def make() -> State:
+            examples = {task: self.evaluator.task(task).train}
+            return self._fine_tune(
+                self.evaluator.base, examples, generator("expert", task), what=f"expert {task}"
+            )
+
+        return self._model(sha("expert", self.key, task), make, durable=True)
+
+    def released(self, defense: Named[Defense], victim: str, seed: int) -> Model:
+        """What the owner publishes."""
+
+        def make() -> State:
+            task = self.evaluator.task(victim)
+            view = Victim(
+                base=self.evaluator.base,
+                expert=self.expert(victim).state(),
+                anatomy=self.anatomy,
+                task=task,
+                recipe=self.testbed.recipe,
+                fine_tune=self._trainer(f"{defense.spec} {victim}"),
+                initialise=lambda rng: to_device(
+                    self.testbed.initialise(rng), self.evaluator.device
+                ),
+                features=self.testbed.features,
+            )
+            self.notify(f"{defense.spec} protects {victim}")
+            # One release for all groups of this victim: the draw must not depend on partners.
+            state = defense.method.protect(view, generator("defense", defense.spec, victim, seed))
+            compatible(state, self.evaluator.base, f"defense {defense.spec}")
+            return state
+
+        key = sha("released", self.key, victim, seed, defense.spec, method_key(defense.method))
+        return self._model(key, make, durable=defense.method.card.trains)
+
+    def recovered(
+        self, defense: Named[Defense], attack: Named[Attack], group: Group, seed: int
+    ) -> Model:
+        """The members of the merge after the attack."""
+        released = self.released(defense, group.victim, seed)
+        key = sha(
+            "recovered", released.key, group.partners, attack.spec, method_key(attack.method), seed
+        )
+        budget: dict[str, Any] = {}
+
+        def make() -> Members:
+            self.notify(f"{attack.spec} attacks {defense.spec}")
+            knowledge = self.knowledge(attack, group)
+            rng = generator("attack", attack.spec, group.victim, group.partners, seed)
+            members = attack.method.members(released.state(), knowledge, rng)
+            for what, state in (("base", members.base), ("release", members.released)):
+                compatible(state, self.evaluator.base, f"attack {attack.spec} on the {what}")
+            budget.update(asdict(knowledge.budget))
+            return members
+
+        def members() -> Members:
+            return self.store.recent(key, make)
+
+        def facts() -> dict[str, Any]:
+            start = time.perf_counter()
+            made = members()
+            seconds = time.perf_counter() - start
+            known = {id(self.evaluator.base): self.base.sha256}
+            for partner in group.partners:
+                expert = self.expert(partner)
+                known[id(expert.state())] = expert.sha256
+
+            def hashed(state: State) -> str:
+                return known.get(id(state)) or digest(state)
+
+            return {
+                "base": hashed(made.base),
+                "released": hashed(made.released),
+                "partners": [hashed(partner) for partner in made.partners],
+                "seconds": seconds,
+                "budget": budget,
+            }
+
+        released.state()  # its own cost must not be counted as the attack's
+        return Model(key, members, self.store.result(f"facts:{key}", facts))
+
+    def knowledge(self, attack: Named[Attack], group: Group) -> Knowledge:
+        """What the attack may know, by its declared access."""
+        access = attack.method.access
+        data = {}
+        if access >= Access.UNLABELED:
+            data = {name: self.evaluator.task(name) for name in (group.victim, *group.partners)}
+        return Knowledge(
+            access,
+            self.evaluator.base,
+            [self.expert(partner).state() for partner in group.partners],
+            self.anatomy,
+            tasks=data,
+            recipe=self.testbed.recipe,
+            fine_tune=self._trainer(attack.spec),
+            features=self.testbed.features,
+            flops_per_example=self.flops_per_example if access >= Access.UNLABELED else 0.0,
+        )
+
+    @cached_property
+    def flops_per_example(self) -> float:
+        """FLOPs of one forward pass of one example, counted by torch."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        task = self.evaluator.task(self.testbed.tasks[0])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.testbed.features(self.evaluator.base, task.validation[:1].inputs)
+        return float(counter.get_total_flops())
+
+    def bits(
+        self, content: str, build: Callable[[], State], task: str, split: str, rows: range
+    ) -> np.ndarray:
+        """Which of the ``rows`` the model with this content identity gets right."""
+        key = self._bits_key(content, task, split, rows)
+        stored = self.store.result(
+            key,
+            lambda: pack_bits(self.evaluator.correct(build(), task, split, rows)),
+        )
+        return unpack_bits(stored, len(rows))
+
+    def size(self, task: str, split: str) -> int:
+        """How many examples a split has."""
+        return len(self.evaluator.task(task).split(split))
+
+    def alone(self, model: Model, reference: Model, task: str, rows: range) -> tuple[float, float]:
+        """Test accuracy of ``model`` alone, and max relative |Δlogit| against ``reference``."""
+
+        def logits(of: Model) -> Tensor:
+            return self.store.recent(
+                f"logits:{of.sha256}:{task}:{rows.stop}",
+                lambda: self.evaluator.logits(of.state(), task, "test", rows),
+            )
+
+        def gap() -> float:
+            mine = logits(model)
+            right = pack_bits(self.evaluator.outcomes(mine, task, "test", rows))
+            self.store.put(self._bits_key(model.sha256, task, "test", rows), right)
+            return relative_gap(mine, logits(reference))
+
+        key = sha("gap", self.key, model.sha256, reference.sha256, task, rows.stop)
+        difference = self.store.result(key, gap)
+        return float(self.bits(model.sha256, model.state, task, "test", rows).mean()), difference
+
+    def in_bf16(self, model: Model, task: str, examples: int = 64) -> float:
+        """Max relative |Δlogit| that storing ``model`` in bfloat16 costs."""
+
+        def gap() -> float:
+            rows = range(min(examples, self.size(task, "test")))
+            half, full = (
+                self.evaluator.logits(state, task, "test", rows)
+                for state in (rounded(model.state()), model.state())
+            )
+            return relative_gap(half, full)
+
+        key = sha("bf16", self.key, model.sha256, task, examples)
+        return float(self.store.result(key, gap))
+
+    def norm_growth(self, model: Model, reference: Model) -> float:
+        """The largest growth of a weight matrix's norm over the reference's."""
+        key = sha("growth", model.sha256, reference.sha256)
+        growth = self.store.result(key, lambda: norm_growth(model.state(), reference.state()))
+        return float(growth)
+
+    def _bits_key(self, content: str, task: str, split: str, rows: range) -> str:
+        return sha("bits", self.key, content, task, split, rows.start, rows.stop)
+
+    def _model(self, key: str, make: Callable[[], State], durable: bool) -> Model:
+        def state() -> State:
+            if not durable:
+                return make()
+            return self.store.state(key, self.evaluator.base, make)
+
+        def members() -> Members:
+            made = self.store.recent(key, state)
+            return Members(self.evaluator.base, made, ())
+
+        def facts() -> dict[str, Any]:
+            start = time.perf_counter()
+            made = members().released
+            return {"seconds": time.perf_counter() - start, "released": digest(made)}
+
+        return Model(key, members, self.store.result(f"facts:{key}", facts))
+
+    def _trainer(self, what: str) -> Any:
+        def train(
+            start: State,
+            examples: Mapping[str, Split],
+            rng: torch.Generator,
+            *,
+            recipe: Recipe | None = None,
+            loss: Loss | None = None,
+        ) -> State:
+            return self._fine_tune(start, examples, rng, what=what, recipe=recipe, loss=loss)
+
+        return train
+
+    def _fine_tune(
+        self,
+        start: State,
+        examples: Mapping[str, Split],
+        rng: torch.Generator,
+        *,
+        what: str,
+        recipe: Recipe | None = None,
+        loss: Loss | None = None,
+    ) -> State:
+        return fine_tune(
+            self.testbed,
+            {name: self.evaluator.task(name) for name in examples},
+            start,
+            examples,
+            rng,
+            recipe=recipe,
+            loss=loss,
+            progress=lambda step, steps: self.notify(f"training {what}: step {step}/{steps}"),
+        )
+
+
+def testbed_key(testbed: Testbed, device: torch.device) -> str:
+    """What every result of a testbed depends on, found without loading its data."""
+    return sha(
+        "testbed",
+        testbed.content_hash(),
+        source_hash(type(testbed).__module__),
+        source_hash("benchmark.evaluation.accuracy"),
+        device.type,  # sums differ between a CPU and a GPU
+        torch.__version__,
+    )

@@ -1,0 +1,137 @@
+"""What a ranking consists of: the typed, JSON-exportable leaderboard."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from benchmark.records import SCHEMA_VERSION, Status
+
+Tier = Literal["weights", "unlabeled", "labeled"]
+TIERS: tuple[Tier, ...] = ("weights", "unlabeled", "labeled")
+Role = Literal["method", "control", "reference"]
+Standing = Literal["ranked", "below-gate", "unranked", "control", "reference"]
+
+STANDINGS: dict[Standing, str] = {
+    "ranked": "ranked",
+    "below-gate": "fails utility gate",
+    "unranked": "no rank",
+    "control": "control",
+    "reference": "reference",
+}
+
+GATE = 1.5  # points of standalone accuracy a defense may cost its owner
+HOLDS = 0.9  # from here on a defense is said to hold
+BROKEN = 0.5  # below this protection a defense counts as broken
+EXACT = 1e-4  # relative |Δlogit| within which a release computes the expert's function
+WEAK_BEATS_STRONG = 0.05  # so much less protection left by less access earns a flag
+SEEDS_DIFFER = 0.2  # spread of protection between seeds that earns a flag
+
+
+class Entry(BaseModel):
+    """One defense × attack × merger on one testbed: all its victims, partners and seeds together.
+
+    ``protection`` is the raw ratio of sums; None unless ``status`` is ``ok``. One cell with an
+    error makes the whole entry ``error``. ``reasons`` says why it is not ``ok``.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    testbed: str
+    merger: str
+    defense: str
+    attack: str
+    access: Tier
+    task_id: bool = False
+    status: Status = "ok"
+    reasons: list[str] = Field(default_factory=list)
+    protection: float | None = None
+    interval: tuple[float, float] | None = None
+    by_seed: dict[int, float] = Field(default_factory=dict)
+    cells: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def shown(self) -> float:
+        """``protection`` clipped to [0, 1]; NaN where there is none."""
+        return float("nan") if self.protection is None else clip(self.protection)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The clipped interval; all of [0, 1] where none could be computed."""
+        low, high = self.interval or (0.0, 1.0)
+        return clip(low), clip(high)
+
+
+class Break(BaseModel):
+    """The cheapest attack that pushes protection under 0.5."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    testbed: str
+    attack: str
+    merger: str
+    access: Tier
+    examples: int
+    seconds: float
+    protection: float
+
+
+class Row(BaseModel):
+    """One defense. ``robust[tier]`` is the entry with the least protection at that tier and below.
+
+    ``utility`` and ``expert`` are mean standalone accuracies on the victims' tasks; ``drop`` is
+    their difference in points. ``tied`` says that the rank is shared.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    defense: str
+    role: Role = "method"
+    standing: Standing = "ranked"
+    rank: int | None = None
+    tied: bool = False
+    reason: str = ""
+    robust: dict[Tier, Entry] = Field(default_factory=dict)
+    robust_task_aware: dict[Tier, Entry] = Field(default_factory=dict)
+    unattacked: Entry | None = None
+    broken_by: Break | None = None
+    utility: float | None = None
+    expert: float | None = None
+    drop: float | None = None
+    logit_gap: float | None = None
+    protect_seconds: float = 0.0
+    flags: list[str] = Field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """``2``, ``2=`` where shared, ``–`` without a rank."""
+        return "–" if self.rank is None else f"{self.rank}{'=' if self.tied else ''}"
+
+
+class Leaderboard(BaseModel):
+    """Everything a report shows, computed from cells alone."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    rows: list[Row] = Field(default_factory=list)
+    matrix: list[Entry] = Field(default_factory=list)
+    attack_flags: dict[str, list[str]] = Field(default_factory=dict)
+
+    def tiers(self) -> list[Tier]:
+        """The tiers that some attack or merger of the run uses."""
+        used = {entry.access for entry in self.matrix}
+        return [tier for tier in TIERS if tier in used]
+
+
+def clip(value: float) -> float:
+    """Protection as displayed: in [0, 1]."""
+    return min(1.0, max(0.0, value))
+
+
+def band(value: float) -> Literal["holds", "partly", "broken"]:
+    """In words: ``holds`` (≥ 0.9), ``partly``, ``broken`` (< 0.5)."""
+    return "holds" if value >= HOLDS else "partly" if value >= BROKEN else "broken"

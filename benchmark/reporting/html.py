@@ -1,0 +1,176 @@
+"""report.html: one self-contained page, plots inside, nothing fetched, every string escaped."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from benchmark.records import Cell
+from benchmark.reporting.board import (
+    BROKEN,
+    EXACT,
+    GATE,
+    HOLDS,
+    STANDINGS,
+    Entry,
+    Leaderboard,
+    band,
+)
+from benchmark.reporting.summary import (
+    accuracy_lines,
+    attacks_of,
+    fixed_lines,
+    scope,
+    task_lines,
+    verdict,
+)
+
+_BARE_KEY = re.compile(r"^[A-Za-z0-9_-]+$")
+
+
+def page(
+    cells: Sequence[Cell],
+    board: Leaderboard,
+    run: Mapping[str, Any],
+    plots: Mapping[str, Path],
+    run_dir: Path,
+) -> str:
+    """The whole page. ``plots`` maps captions to PNG files; ``run`` is the content of run.json."""
+    from jinja2 import Environment, StrictUndefined
+
+    from benchmark.evaluation.flags import FLAGS
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(percent=_percent, two=_two)
+    template = resources.files("benchmark.reporting") / "templates" / "report.html.j2"
+    order = [row.defense for row in board.rows]
+    suite = dict(run.get("suite") or {})
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        title=str(suite.get("name") or run_dir.name),
+        suite=suite,
+        run=run,
+        facts=_facts(run, cells),
+        board=board,
+        tiers=board.tiers(),
+        task_aware=any(row.robust_task_aware for row in board.rows),
+        standings=STANDINGS,
+        verdict=verdict,
+        matrices=[_matrix(board, cells, *key) for key in _places(board)],
+        tasks=task_lines(cells),
+        accuracies=accuracy_lines(cells, order),
+        fixed=fixed_lines(cells, order),
+        troubles=[cell for cell in cells if cell.status != "ok"],
+        plots={caption: _data_uri(path) for caption, path in plots.items()},
+        flags={name: FLAGS[name] for name in sorted(_flags(board)) if name in FLAGS},
+        commands=commands(run, run_dir),
+        suite_toml=suite_toml(suite),
+        band=band,
+        mark={"holds": "✓", "partly": "~", "broken": "✗"},
+        limits={"holds": HOLDS, "broken": BROKEN, "gate": GATE, "exact": EXACT},
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _two(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _places(board: Leaderboard) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((entry.testbed, entry.merger) for entry in board.matrix))
+
+
+def _flags(board: Leaderboard) -> set[str]:
+    of_attacks = (flags for flags in board.attack_flags.values())
+    return {flag for flags in (*(row.flags for row in board.rows), *of_attacks) for flag in flags}
+
+
+def _matrix(board: Leaderboard, cells: Sequence[Cell], testbed: str, merger: str) -> dict[str, Any]:
+    at: dict[tuple[str, str], Entry] = {
+        (entry.defense, entry.attack): entry
+        for entry in board.matrix
+        if (entry.testbed, entry.merger) == (testbed, merger)
+    }
+    attacks = attacks_of(at.values())
+    names = [r.defense for r in board.rows if any((r.defense, a) in at for a in attacks)]
+    rows = [(name, [at.get((name, attack)) for attack in attacks]) for name in names]
+    return {
+        "merger": merger,
+        "scope": scope(cells, testbed, merger),
+        "attacks": attacks,
+        "rows": rows,
+    }
+
+
+def _facts(run: Mapping[str, Any], cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Where the numbers come from, as name and value."""
+    facts: list[tuple[str, str]] = []
+    for name in ("created", "seconds", "device", "seeds", "schema_version"):
+        if run.get(name) is not None:
+            facts.append((name.replace("_", " "), _plain(run[name])))
+    facts.append(("cells", str(len(cells))))
+    for group in ("git", "environment", "packages", "testbed"):
+        value = run.get(group)
+        if isinstance(value, Mapping):
+            facts += [(f"{group}: {name}", _plain(item)) for name, item in value.items()]
+    return facts
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def commands(run: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str]]:
+    """What to type to get these numbers again: (what it does, command)."""
+    suite = dict(run.get("suite") or {})
+    found = [("Recompute every aggregate from the cells", f"unmergebench report {run_dir.name}")]
+    if suite:
+        name = str(suite.get("name", ""))
+        word = name if _ships(name, suite.get("hash")) else "suite.toml"
+        what = "Measure every cell again"
+        if word == "suite.toml":
+            what += " (save the suite below as suite.toml first)"
+        found.append((what, f"unmergebench run {word} --out again"))
+    return found
+
+
+def _ships(name: str, digest: object) -> bool:
+    """Whether the package has this very suite under that name."""
+    from benchmark.pipeline.suite import builtin, load
+
+    return name in builtin() and load(name).hash == digest
+
+
+def suite_toml(suite: Mapping[str, Any]) -> str:
+    """The suite as a file that ``unmergebench run`` reads back to the same hash."""
+    kept = {name: value for name, value in suite.items() if name != "hash" and value is not None}
+    return "".join(f"{_key(name)} = {_toml(value)}\n" for name, value in kept.items())
+
+
+def _key(name: str) -> str:
+    return name if _BARE_KEY.match(name) else _toml(name)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_key(str(name))} = {_toml(item)}" for name, item in value.items())
+        return f"{{ {inner} }}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    # JSON's strings, numbers and booleans are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,80 @@
+"""One safetensors file: read with every refusal in one line, written back under its own header.
+
+Writing the header byte for byte as it was read keeps names, order, alignment and metadata, so a
+file whose tensors did not change comes back identical. Nothing here, or anywhere else, unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from benchmark.checkpoint import State
+from benchmark.errors import CheckpointError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+_CONVERT = (
+    "convert it where you trust it: load it and write it with save_pretrained "
+    "(or safetensors.torch.save_file)"
+)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Layout of one file. ``header``: its bytes before the data; ``names``: tensors by offset."""
+
+    name: str
+    header: bytes
+    names: tuple[str, ...]
+
+
+def read(path: Path) -> tuple[TensorFile, State]:
+    """Layout and tensors (CPU, memory-mapped) of a safetensors file.
+
+    Raises:
+        CheckpointError: missing, cut short, a pickle, a git-lfs pointer, or not safetensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; copy the whole checkpoint folder again")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not weights; run 'git lfs pull' there")
+    try:
+        tensors = safetensors.torch.load_file(path)
+        with path.open("rb") as file:
+            length = file.read(8)
+            header = file.read(int.from_bytes(length, "little"))
+        table = json.loads(header)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        # Only now: the length that opens a good file can begin with the same bytes.
+        if start.startswith((b"PK\x03\x04", b"\x80")):
+            raise refuse_pickle(path) from None
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({reason}); copy it again from its source"
+        ) from None
+    table.pop("__metadata__", None)
+    # Empty tensors share their offset with the next one: the end breaks the tie.
+    names = tuple(sorted(table, key=lambda name: table[name]["data_offsets"]))
+    return TensorFile(path.name, length + header, names), tensors
+
+
+def refuse_pickle(path: Path) -> CheckpointError:
+    """The error for weights that could run code when loaded."""
+    return CheckpointError(f"{path} is a pickle, which is never loaded; {_CONVERT}")
+
+
+def write(path: Path, layout: TensorFile, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write ``tensors``, whose shapes and dtypes the caller answers for, under ``layout``."""
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for name in layout.names:
+            value = tensors[name].detach().cpu().contiguous()
+            file.write(value.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,89 @@
+"""MergeLock: secret invertible matrices inside attention (arXiv 2509.01548).
+
+Post-hoc, without data. Per head and layer, with independent invertible A and B::
+
+    Wq → A·Wq, Wk → A^-T·Wk, Wv → B·Wv, Wo → Wo·B^-1        (biases of q, k, v likewise)
+
+The paper composes A and B of random, scaling and permutation factors; its sampling law is not
+published. Reconstruction: A = G·D·Π, G Gaussian, D = diag(s) with s log-uniform on [0.1, 10], Π a
+random permutation, redrawn until cond(A) ≤ 1e4. The bound is on A, not on G alone: stored in
+float32 a lock loses up to cond(A) · 6e-8 of the logits, and with G alone bounded one head in 100
+has cond(A) > 1e5. The MLP is untouched. The random state is the key: :meth:`MergeLock.unlock`
+replays the draws and inverts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from benchmark.anatomy import Anatomy, AttentionBlock, apply_qk, apply_vo
+from benchmark.anatomy.gauge import require_general
+from benchmark.checkpoint import State
+from benchmark.contracts import Card, Defense, Victim
+from defenses import draws
+
+_WORST_CONDITION = 1e4
+
+
+@dataclass(frozen=True)
+class MergeLock(Defense):
+    """Lock Q/K and V/O of every head.
+
+    Attributes:
+        kind: ``full`` G·D·Π; ablations ``orthogonal`` (Haar) and ``gaussian`` (G alone).
+    """
+
+    kind: Literal["full", "orthogonal", "gaussian"] = "full"
+
+    card: ClassVar[Card] = Card(
+        summary="Multiplies Q/K and V/O of every head by secret invertible matrices",
+        paper="Model Unmerging: Making Your Models Unmergeable for Secure Model Sharing",
+        authors="Zihao Wang, Enneng Yang, Lu Yin, Shiwei Liu, Li Shen",
+        arxiv="2509.01548",
+        fidelity="reconstruction",
+        exact=True,
+        notes="the sampling law of A and B is not published; A = G·D·Π is ours",
+    )
+
+    def protect(self, victim: Victim, rng: torch.Generator) -> State:
+        """The released State.
+
+        Raises:
+            MethodError: the architecture's Q/K gauge is not the general one (rotary, QK-norm).
+        """
+        return self._transform(victim.expert, victim.anatomy, rng, inverse=False)
+
+    def unlock(self, released: State, anatomy: Anatomy, rng: torch.Generator) -> State:
+        """The expert again, up to rounding. ``rng`` must be in the state it had when locking."""
+        return self._transform(released, anatomy, rng, inverse=True)
+
+    def _transform(
+        self, state: State, anatomy: Anatomy, rng: torch.Generator, *, inverse: bool
+    ) -> State:
+        require_general(anatomy, "mergelock")
+        out = dict(state)
+        for block in anatomy.attention:
+            for apply in (apply_qk, apply_vo):
+                matrices = self._matrices(block, rng).to(out[block.q.weight.key].device)
+                apply(out, block, torch.linalg.inv(matrices) if inverse else matrices)
+        return out
+
+    def _matrices(self, block: AttentionBlock, rng: torch.Generator) -> Tensor:
+        """One matrix per KV group: (kv_heads, dh, dh)."""
+        heads, size = block.kv_heads, block.head_dim
+        if self.kind == "orthogonal":
+            return draws.orthogonal(heads, size, rng)
+        return torch.stack([self._matrix(size, rng) for _ in range(heads)])
+
+    def _matrix(self, size: int, rng: torch.Generator) -> Tensor:
+        while True:
+            a = draws.gaussian((size, size), rng)
+            if self.kind == "full":
+                a = a * draws.log_uniform((1, size), 0.1, 10.0, rng)
+                a = a[:, torch.randperm(size, generator=rng)]
+            if torch.linalg.cond(a) <= _WORST_CONDITION:
+                return a

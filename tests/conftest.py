@@ -1,0 +1,48 @@
+"""Every test runs offline, on one thread, with a cache of its own."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and transformers are imported, or they would not see them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A first call that imports a library, or a busy machine, is no failure.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
+
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, which UNMERGEBENCH_CACHE names."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def cli() -> Cli:
+    """``cli("show", "params")`` → exit code, and what was printed (the error line on failure)."""
+    from typer.testing import CliRunner
+
+    from benchmark.cli import app
+    from benchmark.errors import UnmergeBenchError
+
+    def run(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if isinstance(result.exception, UnmergeBenchError):
+            return result.exception.exit_code, str(result.exception)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout or result.stderr
+
+    return run

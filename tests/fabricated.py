@@ -1,0 +1,132 @@
+"""Fabricated but plausible cells for the tests of reports: no result is measured here."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from benchmark.contracts import Card
+from benchmark.evaluation.statistics import pack_bits, ratio_protection
+from benchmark.records import Cell, Seconds, Spent
+
+LABELED = {"finetune-recovery"}
+ROLES = {"none": "reference", "oracle": "control", "noise": "control"}
+SUITE = {"name": "made-up", "hash": "0" * 64, "description": "fabricated cells for a test"}
+RUN = {
+    "schema_version": 1,
+    "suite": SUITE,
+    "environment": {"python": "3.12", "platform": "Linux"},
+    "packages": {"torch": "2.15", "numpy": "2"},
+    "git": {"commit": "f" * 40, "dirty": False},
+    "device": "cpu",
+    "seeds": [0],
+    "created": "2030-01-01T00:00:00Z",
+    "seconds": 12.5,
+}
+EXPERT = {"r8": 0.94, "bbc": 0.95}
+
+
+def cards(spec: str) -> Card:
+    name = spec.split("(")[0]
+    return Card(summary=spec, exact=name in ("params", "mergelock"), role=ROLES.get(name, "method"))
+
+
+def outcomes(accuracy: float, n: int, rng: np.random.Generator) -> str:
+    """Exactly round(accuracy·n) right answers, on random examples."""
+    right = np.zeros(n, dtype=bool)
+    right[rng.permutation(n)[: round(min(accuracy, 1.0) * n)]] = True
+    return pack_bits(right)
+
+
+def cell(
+    defense: str = "params",
+    attack: str = "none",
+    merger: str = "task-arithmetic",
+    protection: float = 0.0,
+    *,
+    seed: int = 0,
+    n: int = 500,
+    utility: float = 0.94,
+    gap: float = 1e-6,
+    **fields: object,
+) -> Cell:
+    """A cell on r8 (victim) and bbc whose attacked model lies that far from the undefended one."""
+    rng = np.random.default_rng([seed, zlib.crc32(f"{defense}|{attack}|{merger}".encode())])
+    undefended = {"r8": 0.92, "bbc": 0.93}
+    outside = {"r8": 0.60, "bbc": 0.90}
+    attacked = {t: undefended[t] + protection * (outside[t] - undefended[t]) for t in EXPERT}
+    models = {"undefended": undefended, "outside": outside, "expert": EXPERT, "attacked": attacked}
+    correct = {
+        model: {task: outcomes(value, n, rng) for task, value in accuracy.items()}
+        for model, accuracy in models.items()
+    }
+    gains = {
+        model: sum(round(v[t] * n) / round(EXPERT[t] * n) for t in EXPERT) / 2
+        for model, v in models.items()
+    }
+    made: dict[str, object] = {
+        "key": f"{defense}|{attack}|{merger}|{seed}",
+        "testbed": "minilm",
+        "victim": "r8",
+        "partners": ["bbc"],
+        "seed": seed,
+        "defense": defense,
+        "attack": attack,
+        "merger": merger,
+        "access": "labeled" if attack in LABELED else "weights",
+        "accuracy": attacked,
+        "gain": gains["attacked"],
+        "gain_undefended": gains["undefended"],
+        "gain_outside": gains["outside"],
+        "protection": 1
+        - (gains["attacked"] - gains["outside"]) / (gains["undefended"] - gains["outside"]),
+        "protection_ci": ratio_protection(correct, scope="minilm").interval,
+        "merged_accuracy": attacked,
+        "fixed": {"0.3": {"r8": 0.5, "bbc": 0.9}, "0.8": {"r8": 0.7, "bbc": 0.8}},
+        "expert_accuracy": EXPERT,
+        "zero_shot": {"r8": 0.44, "bbc": 0.71},
+        "utility": utility,
+        "standalone": utility,
+        "logit_gap": gap,
+        "correct": correct,
+        "n_val": 200,
+        "n_test": n,
+        "seconds": Seconds(protect=0.4, recover=0.2),
+        "budget": Spent(examples=128 if attack in LABELED else 0),
+    }
+    return Cell(**{**made, **fields})  # type: ignore[arg-type]
+
+
+ATTACKS = (
+    "none",
+    "weight-matching",
+    "head-norm",
+    "aga",
+    "gauge-align",
+    "dropout-pruning",
+    "finetune-recovery",
+)
+STRENGTH = {
+    "none": (0, 0, 0, 0, 0, 0.1, 0),
+    "oracle": (1, 1, 1, 1, 0.98, 1, 0.96),
+    "noise": (0.2, 0.2, 0.2, 0.2, 0.2, 0.3, 0.15),
+    "params": (0.99, 0.8, 0.85, 0.4, 0.02, 0.9, 0.7),
+    "params(scaling=symmetric)": (1.0, 0.95, 0.97, 0.6, 0.01, 0.9, 0.72),
+    "mergelock": (1.02, 0.99, 0.97, 0.1, 0.0, 0.93, 0.69),
+    "trap": (0.75, 0.75, 0.74, 0.73, 0.72, 0.6, 0.55),
+}
+
+
+def suite(mergers: tuple[str, ...] = ("task-arithmetic", "ties"), n: int = 500) -> list[Cell]:
+    """A whole run's worth of cells, with one error."""
+    cells = []
+    for merger in mergers:
+        for defense, values in STRENGTH.items():
+            for attack, value in zip(ATTACKS, values, strict=True):
+                utility = 0.90 if defense in ("oracle", "noise") else 0.94
+                more: dict[str, object] = {}
+                if (defense, attack, merger) == ("mergelock", "aga", "ties"):
+                    more = {"status": "error", "reason": "MethodError: NaN in recovered weights"}
+                cells.append(cell(defense, attack, merger, value, n=n, utility=utility, **more))
+    return cells

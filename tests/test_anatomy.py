@@ -1,0 +1,352 @@
+"""The gauge groups keep the function of every family; the estimators find what was hidden."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from zoo import TOLERANCE, generator, invertible, perturbed
+
+from benchmark.anatomy import (
+    Anatomy,
+    AttentionBlock,
+    Linear,
+    Slot,
+    apply_qk,
+    apply_vo,
+    permute_heads,
+    permute_units,
+)
+from benchmark.anatomy.alignment import (
+    match_heads,
+    match_units,
+    qk_gauge,
+    tied_gauge,
+    vo_gauge,
+)
+from benchmark.checkpoint import State, digest, norm, task_vector
+from benchmark.errors import MethodError, UsageError
+
+quick = settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+seeds = st.integers(0, 2**31 - 1)
+
+
+def random_symmetry(state: State, anatomy: Anatomy, rng: torch.Generator) -> State:
+    """Every transform of the gauge group at once."""
+    out = dict(state)
+    for block in anatomy.attention:
+        apply_qk(out, block, invertible(block.kv_heads, block.head_dim, rng))
+        apply_vo(out, block, invertible(block.kv_heads, block.head_dim, rng))
+        permute_heads(out, block, torch.randperm(block.kv_heads, generator=rng))
+    for mlp in anatomy.mlp:
+        permute_units(out, mlp, torch.randperm(mlp.width(out), generator=rng))
+    return out
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_finds_every_block(name: str) -> None:
+    model, _ = zoo.tiny(name)
+    anatomy = Anatomy.of(model)
+    towers = 2 if name in ("clip", "open-clip", "open-clip-custom-text") else 1
+    assert len(anatomy.attention) == len(anatomy.mlp) == towers * zoo.LAYERS
+    state = model.state_dict()
+    for block in anatomy.attention:
+        assert (block.heads, block.kv_heads, block.head_dim) == (zoo.HEADS, zoo.HEADS, 8)
+        assert block.qk_gauge == "general"
+        for linear in block.linears().values():
+            assert linear.weight.read(state).shape == (zoo.WIDTH, zoo.WIDTH)
+            assert linear.bias is not None
+            assert linear.bias.read(state).shape == (zoo.WIDTH,)
+    # No tensor row belongs to two blocks.
+    slots = [
+        (slot.key, slot.rows)
+        for block in anatomy.attention
+        for linear in block.linears().values()
+        for slot in linear.slots()
+    ] + [(slot.key, slot.rows) for mlp in anatomy.mlp for slot in mlp.rows()]
+    assert len(slots) == len(set(slots))
+
+
+def test_layers_come_in_numerical_order() -> None:
+    from benchmark.anatomy.families import FAMILIES
+
+    bert = next(family for family in FAMILIES if family.name == "bert")
+    names = [f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (10, 2, 0)]
+    assert bert.layers(names) == [f"bert.encoder.layer.{i}." for i in (0, 2, 10)]
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+@quick
+@given(seed=seeds)
+def test_symmetries_keep_the_function(name: str, seed: int) -> None:
+    model, inputs = zoo.tiny(name)
+    state = zoo.state_of(model)
+    before = digest(state)
+    moved = random_symmetry(state, Anatomy.of(model), generator(seed))
+    assert norm(task_vector(moved, state)) > norm(state) / 10, "the transform does something"
+    assert zoo.drift(model, state, moved, inputs) <= TOLERANCE
+    assert digest(state) == before, "the input is untouched"
+    assert moved.keys() == state.keys()
+    assert all(moved[k].shape == v.shape and moved[k].dtype == v.dtype for k, v in state.items())
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+@quick
+@given(seed=seeds)
+def test_unlock_inverts_lock(name: str, seed: int) -> None:
+    model, _ = zoo.tiny(name)
+    state, anatomy, rng = zoo.state_of(model), Anatomy.of(model), generator(seed)
+    for block in anatomy.attention:
+        a, b = (invertible(block.kv_heads, block.head_dim, rng) for _ in range(2))
+        out = dict(state)
+        apply_qk(out, block, a)
+        apply_vo(out, block, b)
+        apply_qk(out, block, torch.linalg.inv(a))
+        apply_vo(out, block, torch.linalg.inv(b))
+        for key, value in state.items():
+            # Stored in float32 in between: its rounding comes back times cond = 100.
+            torch.testing.assert_close(out[key], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+@quick
+@given(seed=seeds)
+def test_inverse_permutation_is_exact(name: str, seed: int) -> None:
+    model, _ = zoo.tiny(name)
+    state, anatomy, rng = zoo.state_of(model), Anatomy.of(model), generator(seed)
+    out = dict(state)
+    for block in anatomy.attention:
+        heads = torch.randperm(block.kv_heads, generator=rng)
+        permute_heads(out, block, heads)
+        permute_heads(out, block, heads.argsort())
+    for mlp in anatomy.mlp:
+        units = torch.randperm(mlp.width(out), generator=rng)
+        permute_units(out, mlp, units)
+        permute_units(out, mlp, units.argsort())
+    assert digest(out) == digest(state)
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_the_property_sees_a_wrong_transform(name: str) -> None:
+    """A on Q *and* K, or units renamed on one side only, must show as drift."""
+    model, inputs = zoo.tiny(name)
+    state, anatomy = zoo.state_of(model), Anatomy.of(model)
+    block, mlp = anatomy.attention[0], anatomy.mlp[0]
+    a = invertible(block.kv_heads, block.head_dim, generator(0), condition=4)
+
+    both = dict(state)
+    for side in ("q", "k"):
+        block.write(both, side, a @ block.read(both, side))
+    assert zoo.drift(model, state, both, inputs) > 10 * TOLERANCE
+
+    swapped = dict(state)
+    block.write(swapped, "v", a @ block.read(swapped, "v"))
+    block.write_o(swapped, block.read_o(swapped) @ a[:, None])
+    assert zoo.drift(model, state, swapped, inputs) > 10 * TOLERANCE
+
+    half = dict(state)
+    order = torch.randperm(mlp.width(state), generator=generator(0))
+    mlp.up.weight.write(half, mlp.up.weight.read(half)[order])
+    assert zoo.drift(model, state, half, inputs) > 10 * TOLERANCE
+
+
+def test_key_bias_is_a_gauge_of_its_own() -> None:
+    model, inputs = zoo.tiny("bert")
+    state = zoo.state_of(model)
+    moved = dict(state)
+    for block in Anatomy.of(model).attention:
+        assert block.k.bias is not None
+        moved[block.k.bias.key] = torch.randn(zoo.WIDTH, generator=generator(1))
+    assert zoo.drift(model, state, moved, inputs) <= TOLERANCE
+
+
+def test_unknown_architecture_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"unknown architecture Sequential.*encoder\.layer\.\{\}"):
+        Anatomy.of(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_gated_mlp_of_dinov2_is_refused() -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        image_size=8,
+        patch_size=4,
+        use_swiglu_ffn=True,
+    )
+    with pytest.raises(UsageError, match=r"dinov2.*mlp\.fc1\.weight.*gated"):
+        Anatomy.of(Dinov2Model(config))
+
+
+def test_rotary_model_with_the_names_of_bert_is_refused() -> None:
+    from transformers import EsmConfig, EsmModel
+
+    config = EsmConfig(
+        vocab_size=30,
+        pad_token_id=1,
+        mask_token_id=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        position_embedding_type="rotary",
+    )
+    with pytest.raises(UsageError, match="EsmSelfAttention is none of BertSelfAttention"):
+        Anatomy.of(EsmModel(config))
+
+
+# --- estimators -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+@pytest.mark.parametrize("cost", ["inner", "cosine"])
+def test_match_units_recovers_the_permutation(name: str, cost: str) -> None:
+    model, _ = zoo.tiny(name)
+    anchor, anatomy, rng = zoo.state_of(model), Anatomy.of(model), generator(3)
+    expert = perturbed(anchor, 0.5, 4)
+    for mlp in anatomy.mlp:
+        hidden = torch.randperm(mlp.width(anchor), generator=rng)
+        released = dict(expert)
+        permute_units(released, mlp, hidden)
+        found = match_units(mlp, released, anchor, cost)  # type: ignore[arg-type]
+        assert torch.equal(hidden[found], torch.arange(len(hidden)))
+        permute_units(released, mlp, found)
+        assert digest(released) == digest(expert)
+
+
+def test_match_units_solves_the_assignment_where_greed_fails() -> None:
+    """Two units with one favourite: the optimum by brute force over all permutations."""
+    import itertools
+
+    from benchmark.anatomy import MLPBlock
+
+    block = MLPBlock(Linear(Slot("up")), Linear(Slot("down")))
+    contested = 0
+    for seed in range(20):
+        rng = generator(seed)
+        state, anchor = (
+            {"up": torch.randn(5, 2, generator=rng), "down": torch.randn(2, 5, generator=rng)}
+            for _ in range(2)
+        )
+        score = block.read_units(anchor) @ block.read_units(state).T
+        rows = torch.arange(5)
+        best = max(
+            float(score[rows, torch.tensor(p)].sum()) for p in itertools.permutations(range(5))
+        )
+        found = match_units(block, state, anchor)
+        assert float(score[rows, found].sum()) == pytest.approx(best, rel=1e-5)
+        contested += len(score.argmax(1).unique()) < 5
+    assert contested > 10
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_match_heads_sees_through_a_lock(name: str) -> None:
+    model, _ = zoo.tiny(name)
+    anchor, anatomy, rng = zoo.state_of(model), Anatomy.of(model), generator(5)
+    for block in anatomy.attention:
+        released = perturbed(anchor, 0.05, 6)
+        apply_qk(released, block, invertible(block.kv_heads, block.head_dim, rng, 1e3))
+        apply_vo(released, block, invertible(block.kv_heads, block.head_dim, rng, 1e3))
+        hidden = torch.randperm(block.kv_heads, generator=rng)
+        permute_heads(released, block, hidden)
+        found = match_heads(block, released, anchor)
+        assert torch.equal(hidden[found], torch.arange(block.kv_heads))
+
+
+def grouped() -> tuple[AttentionBlock, State]:
+    """Six query heads on three key/value heads, without biases but for the keys."""
+    rng = generator(7)
+    shapes = {"q": (24, 32), "k": (12, 32), "k.bias": (12,), "v": (12, 32), "o": (32, 24)}
+    state = {key: torch.randn(shape, generator=rng) for key, shape in shapes.items()}
+    q, v, o = (Linear(Slot(name)) for name in ("q", "v", "o"))
+    k = Linear(Slot("k"), Slot("k.bias"))
+    return AttentionBlock(q=q, k=k, v=v, o=o, heads=6, kv_heads=3, head_dim=4), state
+
+
+def test_grouped_heads_share_one_gauge() -> None:
+    """Against plain algebra: WqᵀWk and WoWv of every *query* head, K and V repeated per group."""
+    block, state = grouped()
+    moved = dict(state)
+    rng = generator(8)
+    apply_qk(moved, block, invertible(3, 4, rng))
+    apply_vo(moved, block, invertible(3, 4, rng))
+
+    def products(s: State) -> Tensor:
+        q, o = s["q"].reshape(6, 4, 32), s["o"].reshape(32, 6, 4).permute(1, 0, 2)
+        k, v = (s[n].reshape(3, 4, 32).repeat_interleave(2, 0) for n in ("k", "v"))
+        return torch.stack([q.mT @ k, o @ v])
+
+    torch.testing.assert_close(products(moved), products(state), rtol=1e-4, atol=1e-4)
+
+    hidden = torch.tensor([2, 0, 1])
+    permute_heads(moved, block, hidden)
+    found = match_heads(block, moved, state)
+    assert torch.equal(hidden[found], torch.arange(3))
+    permute_heads(moved, block, found)
+    apply_qk(moved, block, qk_gauge(block, moved, state))
+    apply_vo(moved, block, vo_gauge(block, moved, state))
+    for key in ("q", "k", "v", "o"):
+        torch.testing.assert_close(moved[key], state[key], rtol=0, atol=1e-4)
+
+
+@quick
+@given(seed=seeds)
+def test_tied_gauge_undoes_an_ill_conditioned_lock(seed: int) -> None:
+    rng = generator(seed)
+    x0, y0 = (torch.randn(3, 4, 40, generator=rng, dtype=torch.float64) for _ in range(2))
+    lock = invertible(3, 4, rng, 1e4)
+    m = tied_gauge(lock @ x0, x0, torch.linalg.inv(lock).mT @ y0, y0)
+    torch.testing.assert_close(m @ lock, torch.eye(4, dtype=m.dtype).expand(3, -1, -1))
+
+
+@quick
+@given(seed=seeds)
+def test_tied_gauge_is_a_minimum(seed: int) -> None:
+    """Better than both starts and than any small change of M."""
+    rng = generator(seed)
+    x0, y0, dx, dy = (torch.randn(3, 4, 40, generator=rng, dtype=torch.float64) for _ in range(4))
+    lock = invertible(3, 4, rng)
+    x, y = lock @ (x0 + 0.3 * dx), torch.linalg.inv(lock).mT @ (y0 + 0.3 * dy)
+
+    def objective(m: Tensor) -> Tensor:
+        ends = (m @ x - x0, torch.linalg.inv(m).mT @ y - y0)
+        return sum((e.square().sum((1, 2)) for e in ends), torch.zeros(3, dtype=m.dtype))
+
+    m = tied_gauge(x, x0, y, y0, tolerance=1e-12)
+    least_squares = x0 @ x.mT @ torch.linalg.inv(x @ x.mT)
+    assert (objective(m) < objective(least_squares)).all()
+    assert (objective(m) < objective(torch.linalg.inv(lock))).all()
+    for _ in range(5):
+        noise = torch.randn(3, 4, 4, generator=rng, dtype=torch.float64)
+        assert (objective(m + 1e-3 * noise @ m) > objective(m)).all()
+
+
+def test_tied_gauge_keeps_a_head_it_cannot_improve() -> None:
+    x = torch.randn(2, 4, 40, generator=generator(0), dtype=torch.float64)
+    identity = torch.eye(4, dtype=torch.float64).expand(2, -1, -1)
+    assert torch.equal(tied_gauge(x, x, x, x), identity)
+    # A dead head has nothing to align and must not become NaN.
+    dead = torch.zeros_like(x)
+    assert torch.equal(tied_gauge(dead, dead, dead, dead), identity)
+
+
+def test_general_gauge_is_refused_under_rotary_embeddings() -> None:
+    import dataclasses
+
+    from benchmark.anatomy.gauge import require_general
+
+    block, _ = grouped()
+    require_general(Anatomy("x", (block,), ()), "a method")
+    rotary = Anatomy("x", (dataclasses.replace(block, rotary=True),), ())
+    with pytest.raises(MethodError, match=r"a method .* rotary"):
+        require_general(rotary, "a method")

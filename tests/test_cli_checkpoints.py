@@ -1,0 +1,234 @@
+"""protect, attack, merge on folders; list, show, explain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli
+from disk import contents, write
+
+from benchmark import folders
+from benchmark.checkpoint import State
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """base, and two experts with small task vectors."""
+    base = folders.load(write("bert", tmp_path / "base"))
+    for seed, name in enumerate(("one", "two")):
+        folders.save(_moved(base.state, seed), base, tmp_path / name)
+    return tmp_path
+
+
+def _moved(state: State, seed: int) -> State:
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        key: value + 0.01 * torch.randn(value.shape, generator=rng) for key, value in state.items()
+    }
+
+
+def _state(folder: Path) -> State:
+    return folders.load(folder).state
+
+
+def test_protect_then_attack(models: Path, cli: Cli) -> None:
+    base, one, locked, back = (models / n for n in ("base", "one", "locked", "back"))
+    arguments = (one, "--base", base, "--defense", "params", "--out", locked, "--json")
+    code, text = cli("protect", *arguments)
+    done = json.loads(text)
+    assert code == 0
+    assert done["exact"]
+    assert done["logit_gap"] < 1e-4
+    assert done["distance_after"] > 5 * done["distance_before"]
+    assert "not-equivalent" not in done["flags"]
+    code, text = cli("attack", locked, "--base", base, "--attack", "gauge-align", "--out", back)
+    assert code == 0
+    assert "distance from the base" in text
+    recovered, expert, start = _state(back), _state(one), _state(base)
+    key = "encoder.layer.0.attention.self.query.weight"
+    assert (recovered[key] - start[key]).norm() < 2 * (expert[key] - start[key]).norm()
+
+
+def test_protect_depends_on_its_seed_only(models: Path, cli: Cli) -> None:
+    for out, seed in (("a", 3), ("b", 3), ("c", 4)):
+        arguments = (models / "one", "--base", models / "base", "--out", models / out)
+        assert cli("protect", *arguments, "--defense", "params", "--seed", seed)[0] == 0
+    assert contents(models / "a") == contents(models / "b")
+    assert contents(models / "a") != contents(models / "c")
+
+
+def test_merge_is_the_formula(models: Path, cli: Cli) -> None:
+    code, text = cli(
+        "merge", models / "base", models / "one", models / "two",
+        "--coefficients", "0.5,0.25", "--out", models / "merged", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(text)["setting"]["coefficients"] == [0.5, 0.25]
+    base, one, two = (_state(models / name) for name in ("base", "one", "two"))
+    for key, value in _state(models / "merged").items():
+        expected = base[key] + 0.5 * (one[key] - base[key]) + 0.25 * (two[key] - base[key])
+        torch.testing.assert_close(value, expected)
+
+
+def test_average_needs_no_coefficients(models: Path, cli: Cli) -> None:
+    arguments = (models / "base", models / "one", models / "two", "--out", models / "merged")
+    assert cli("merge", *arguments, "--merger", "average")[0] == 0
+    one, two = _state(models / "one"), _state(models / "two")
+    key = "pooler.dense.weight"
+    torch.testing.assert_close(_state(models / "merged")[key], (one[key] + two[key]) / 2)
+
+
+USAGE = {
+    "protect BASE --base BASE --defense parms --out NEW": "did you mean 'params'",
+    "protect ONE --base BASE --defense params(perm=sideways) --out NEW": "perm",
+    "protect ONE --base BASE --defense oracle --out NEW": "unmergebench run",
+    "protect ONE --base BASE --defense params --out ONE --force": "overlaps",
+    "protect ONE --base BASE --defense params --out TWO": "--force",
+    "protect ONE --base BASE --defense params --out NEW --device tpu": "device",
+    "attack ONE --base BASE --attack finetune-recovery --out NEW": "labeled data",
+    "attack ONE --base BASE --attack gauge-alin --out NEW": "did you mean 'gauge-align'",
+    "merge BASE ONE TWO --coefficients 0.5 --out NEW": "1 numbers for 2 experts",
+    "merge BASE ONE TWO --coefficients a,b --out NEW": "write numbers",
+    "merge BASE ONE TWO --coefficients nan,1 --out NEW": "finite",
+    "merge BASE ONE TWO --out NEW": "needs --coefficients",
+    "merge BASE ONE --merger ties+dare --coefficients 1 --out NEW": "compose",
+    "show parms": "did you mean 'params'",
+    "show defenses/gauge-align": "nothing is called",
+    "show quik": "did you mean 'quick'",
+    "explain utility-gat": "did you mean 'utility-gate'",
+}
+
+
+@pytest.mark.parametrize("line", USAGE)
+def test_bad_usage_is_one_line_and_exit_2(line: str, models: Path, cli: Cli) -> None:
+    before = contents(models)
+    words = {name.upper(): models / name for name in ("base", "one", "two", "new")}
+    code, text = cli(*(words.get(word, word) for word in line.split()))
+    assert code == 2
+    assert USAGE[line] in text
+    assert "\n" not in text
+    assert contents(models) == before
+
+
+def test_members_of_another_architecture_are_refused(models: Path, cli: Cli) -> None:
+    other = write("bert-classifier", models / "other")
+    before = contents(models)
+    lines = [
+        ("merge", models / "base", models / "one", other, "--coefficients", "1,1"),
+        ("protect", other, "--base", models / "base", "--defense", "params"),
+        (
+            "attack",
+            models / "one",
+            "--base",
+            models / "base",
+            "--attack",
+            "aga",
+            "--partner",
+            other,
+        ),
+    ]
+    for line in lines:
+        code, text = cli(*line, "--out", models / "new")
+        assert code == 1
+        assert str(other) in text
+        assert "tensor" in text
+    assert contents(models) == before
+
+
+def test_a_method_that_breaks_its_contract_writes_nothing(models: Path, cli: Cli) -> None:
+    (models / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from benchmark.contracts import Card, Defense\n"
+        "@dataclass(frozen=True)\n"
+        "class Halved(Defense):\n"
+        "    card = Card('loses a tensor')\n"
+        "    def protect(self, victim, rng):\n"
+        "        return dict(list(victim.expert.items())[1:])\n"
+        "@dataclass(frozen=True)\n"
+        "class Wrong(Defense):\n"
+        "    card = Card('claims to be exact', exact=True)\n"
+        "    def protect(self, victim, rng):\n"
+        "        return {k: v * 20 for k, v in victim.expert.items()}\n"
+        "@dataclass(frozen=True)\n"
+        "class Trains(Defense):\n"
+        "    card = Card('does not say that it trains')\n"
+        "    def protect(self, victim, rng):\n"
+        "        return victim.train(victim.expert, rng)\n"
+    )
+    protect = ("protect", models / "one", "--base", models / "base", "--out", models / "new")
+    code, text = cli(*protect, "--defense", f"{models / 'mine.py'}:Halved")
+    assert code == 1
+    assert "lacks tensor" in text
+    code, text = cli(*protect, "--defense", f"{models / 'mine.py'}:Trains")
+    assert code == 2
+    assert "needs task data or training" in text
+    assert not (models / "new").exists()
+    code, text = cli(*protect, "--defense", f"{models / 'mine.py'}:Wrong", "--json")
+    assert code == 0
+    assert set(json.loads(text)["flags"]) >= {"not-equivalent", "norm-blow-up"}
+    code, text = cli("show", f"{models / 'mine.py'}:Wrong")
+    assert code == 0
+    assert "claims to be exact" in text
+
+
+def test_list_names_everything(cli: Cli) -> None:
+    found = json.loads(cli("list", "--json")[1])
+    assert {"defenses", "attacks", "mergers", "testbeds", "suites"} == set(found)
+    for kind, name in (
+        ("defenses", "params"), ("attacks", "gauge-align"), ("mergers", "ties"),
+        ("testbeds", "minilm"), ("suites", "quick"),
+    ):  # fmt: skip
+        row = next(row for row in found[kind] if row["name"] == name)
+        assert row["summary"]
+        assert "cannot be loaded" not in row["summary"]
+    access = {row["name"]: row["access"] for row in found["attacks"]}
+    assert access["gauge-align"] == "weights"
+    assert access["finetune-recovery"] == "labeled"
+    only = cli("list", "mergers")[1]
+    assert "task-arithmetic" in only
+    assert "mergelock" not in only
+
+
+def test_show_a_method(cli: Cli) -> None:
+    (found,) = json.loads(cli("show", "params", "--json")[1])
+    assert found["kind"] == "defenses"
+    assert found["arxiv"] == "2503.07661"
+    perm = next(p for p in found["parameters"] if p["name"] == "perm")
+    assert perm["default"] == "lap_max"
+    assert "random" in perm["choices"]
+    assert "lap_max | random" in cli("show", "params")[1]
+
+
+def test_show_a_name_of_several_kinds(cli: Cli) -> None:
+    kinds = [each["kind"] for each in json.loads(cli("show", "none", "--json")[1])]
+    assert kinds == ["defenses", "attacks"]
+    for kind in ("attacks", "attack"):
+        (found,) = json.loads(cli("show", f"{kind}/none", "--json")[1])
+        assert found["kind"] == "attacks"
+
+
+def test_show_a_suite(cli: Cli) -> None:
+    (found,) = json.loads(cli("show", "smoke", "--json")[1])
+    assert found["testbed"] == "digits"
+    assert "digits" in cli("show", "smoke")[1]
+
+
+def test_explain_every_flag(cli: Cli) -> None:
+    from benchmark.evaluation.flags import FLAGS
+
+    for flag in FLAGS:
+        text = " ".join(cli("explain", flag)[1].split())
+        assert FLAGS[flag].meaning[:40] in text
+    assert json.loads(cli("explain", "no-benefit", "--json")[1])["flag"] == "no-benefit"
+
+
+@pytest.mark.parametrize(
+    "command", ["list", "show", "explain", "protect", "attack", "merge"]
+)  # fmt: skip
+def test_help_has_examples(command: str, cli: Cli) -> None:
+    code, text = cli(command, "--help")
+    assert code == 0
+    assert f"unmergebench {command} " in text

@@ -1,0 +1,414 @@
+"""From cells to ranks, tables, plots and the page. All cells here are made up."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from fabricated import ATTACKS, RUN, cards, cell, suite
+from rich.console import Console
+
+from benchmark import reporting
+from benchmark.records import Cell
+from benchmark.reporting import html, plots, tables
+from benchmark.reporting.board import Leaderboard, Row
+from benchmark.reporting.ranking import rank
+from benchmark.reporting.summary import fixed_lines, task_lines, verdict
+
+EVIL = "<script>alert('x')</script>$a_b$"
+
+
+def row(board: Leaderboard, defense: str) -> Row:
+    return next(row for row in board.rows if row.defense == defense)
+
+
+def grid(
+    defense: str, *values: float, attacks: tuple[str, ...] = ATTACKS, **more: object
+) -> list[Cell]:
+    """One cell per attack, with these protections in the order of ATTACKS."""
+    return [
+        cell(defense, attack, protection=value, **more)  # type: ignore[arg-type]
+        for attack, value in zip(attacks, values, strict=False)
+    ]
+
+
+def printed(cells: list[Cell], width: int) -> str:
+    out = StringIO()
+    tables.show(cells, rank(cells, cards), Console(file=out, width=width))
+    return out.getvalue()
+
+
+# -- ranking ------------------------------------------------------------------------------------
+
+
+def test_robust_protection_is_the_least_of_its_tier_and_below() -> None:
+    board = rank(grid("params", 1.0, 0.8, 0.9, 0.6, 0.7, 0.9, 0.3), cards)
+    found = row(board, "params")
+    assert (found.robust["weights"].attack, found.robust["labeled"].attack) == (
+        "aga",
+        "finetune-recovery",
+    )
+    assert found.robust["unlabeled"] == found.robust["weights"]
+    assert found.robust["weights"].protection == pytest.approx(0.6, abs=0.02)
+    assert found.robust["labeled"].protection == pytest.approx(0.3, abs=0.02)
+    assert found.unattacked is not None
+    assert found.unattacked.protection == pytest.approx(1.0, abs=0.02)
+    assert found.robust["weights"].interval == pytest.approx(found.robust["weights"].bounds)
+
+
+def test_the_worst_merger_counts_and_task_aware_ones_stand_apart() -> None:
+    cells = [
+        cell("params", merger="ties", protection=0.4),
+        cell("params", merger="average", protection=0.8),
+        cell("params", merger="emr", protection=0.1, task_id=True),
+    ]
+    found = row(rank(cells, cards), "params")
+    assert found.robust["weights"].merger == "ties"
+    assert found.robust_task_aware["weights"].merger == "emr"
+
+
+def test_break_cost_is_access_then_examples_then_seconds() -> None:
+    cells = [
+        cell("params", "aga", protection=0.49, seconds={"recover": 9.0}),
+        cell("params", "gauge-align", protection=0.1, seconds={"recover": 20.0}),
+        cell("params", "finetune-recovery", protection=0.0, seconds={"recover": 0.1}),
+        cell("params", "head-norm", protection=0.6, seconds={"recover": 0.0}),
+    ]
+    found = row(rank(cells, cards), "params").broken_by
+    assert found is not None
+    assert (found.attack, found.access, found.examples, found.seconds) == ("aga", "weights", 0, 9.0)
+    labeled = row(rank(cells[2:], cards), "params").broken_by
+    assert labeled is not None
+    assert (labeled.attack, labeled.examples) == ("finetune-recovery", 128)
+    assert row(rank(cells[3:], cards), "params").broken_by is None
+
+
+def test_ranks_and_ties() -> None:
+    cells = [
+        *grid("one", 0.95),
+        *grid("two", 0.5),
+        *grid("three", 0.48),
+        *grid("four", 0.0),
+        *grid("none", 0.0),
+        *grid("oracle", 1.0),
+    ]
+    board = rank(cells, cards)
+    places = [(r.defense, r.place) for r in board.rows]
+    assert places == [
+        ("one", "1"), ("two", "2="), ("three", "2="), ("four", "4"), ("oracle", "–"), ("none", "–"),
+    ]  # fmt: skip
+    assert [r.standing for r in board.rows[-2:]] == ["control", "reference"]
+
+
+def test_a_tie_at_the_weights_tier_is_decided_at_the_labeled_one() -> None:
+    at = ("none", "finetune-recovery")
+    board = rank([*grid("one", 0.8, 0.1, attacks=at), *grid("two", 0.79, 0.7, attacks=at)], cards)
+    assert [(r.defense, r.place) for r in board.rows] == [("two", "1"), ("one", "2")]
+
+
+def test_protection_beyond_the_scale_ties_with_its_end() -> None:
+    board = rank([*grid("one", 1.4), *grid("two", 1.0)], cards)
+    assert {r.place for r in board.rows} == {"1="}
+    assert all(r.robust["weights"].shown <= 1 for r in board.rows)
+
+
+def test_an_error_in_one_cell_costs_the_rank() -> None:
+    cells = [*grid("one", 1.0, 1.0), *grid("two", 0.3, 0.3)]
+    cells[1] = cell("one", "weight-matching", status="error", reason="MethodError: no way",
+                    protection=1.0)  # fmt: skip
+    board = rank(cells, cards)
+    assert [(r.defense, r.place, r.standing) for r in board.rows] == [
+        ("two", "1", "ranked"),
+        ("one", "–", "unranked"),
+    ]
+    assert row(board, "one").reason == "error in weight-matching × task-arithmetic on minilm"
+    entry = next(e for e in board.matrix if e.status == "error")
+    assert (entry.protection, entry.reasons) == (None, ["MethodError: no way"])
+
+
+def test_one_error_among_seeds_makes_the_whole_entry_an_error() -> None:
+    cells = [cell("one", seed=0, protection=1.0), cell("one", seed=1, status="error", reason="x")]
+    assert [e.status for e in rank(cells, cards).matrix] == ["error"]
+
+
+def test_missing_cells_cost_the_rank_but_skipped_ones_do_not() -> None:
+    full = grid("one", 0.5, 0.5, 0.5)
+    board = rank([*full, *grid("two", 1.0, 1.0)], cards)
+    assert row(board, "two").standing == "unranked"
+    assert row(board, "two").reason == "1 of 3 cells are missing"
+    skipped = cell("two", "head-norm", status="skipped", reason="two models only")
+    board = rank([*full, *grid("two", 1.0, 1.0), skipped], cards)
+    assert row(board, "two").place == "1"
+
+
+@pytest.mark.parametrize(("utility", "standing"), [(0.925, "ranked"), (0.924, "below-gate")])
+def test_the_utility_gate(utility: float, standing: str) -> None:
+    found = row(rank(grid("params", 1.0, utility=utility), cards), "params")
+    assert found.standing == standing
+    assert ("utility-gate" in found.flags) == (standing == "below-gate")
+    assert found.drop == pytest.approx(100 * (0.94 - utility))
+    if standing == "below-gate":
+        assert found.rank is None
+        assert "1.6 points lost" in found.reason
+
+
+def test_no_benefit_anywhere_means_no_rank() -> None:
+    board = rank([cell("params", status="no-benefit", reason="nothing to protect")], cards)
+    found = row(board, "params")
+    assert found.standing == "unranked"
+    assert "no-benefit" in found.flags
+    assert verdict(found) == "no cell in which merging had a benefit; nothing was measured"
+
+
+def test_flags_from_cells() -> None:
+    assert "not-equivalent" in row(rank(grid("params", 1.0, gap=2e-4), cards), "params").flags
+    assert not row(rank(grid("trap", 1.0, gap=0.3), cards), "trap").flags
+    seeds = [cell("params", seed=s, protection=v) for s, v in enumerate((0.9, 0.6))]
+    assert "seed-dependent" in row(rank(seeds, cards), "params").flags
+    own = [cell("params", flags=["norm-blow-up"])]
+    assert "norm-blow-up" in row(rank(own, cards), "params").flags
+
+
+def test_flags_of_attacks() -> None:
+    harm = [cell("none", "aga", standalone=0.90), cell("none", "head-norm", standalone=0.935)]
+    assert rank(harm, cards).attack_flags == {"aga": ["destructive-attack"]}
+    worse = [cell("params", "aga", protection=0.2),
+             cell("params", "finetune-recovery", protection=0.3)]  # fmt: skip
+    assert rank(worse, cards).attack_flags == {"finetune-recovery": ["weak-attack-beats-strong"]}
+    assert rank(list(reversed(harm + worse)), cards).attack_flags.keys() == {
+        "aga",
+        "finetune-recovery",
+    }
+
+
+def test_a_defense_whose_file_is_gone_is_still_reported() -> None:
+    board = rank([cell("gone_file.py:Mine", protection=0.5)])
+    assert [(r.defense, r.place) for r in board.rows] == [("gone_file.py:Mine", "1")]
+
+
+def test_the_leaderboard_survives_json() -> None:
+    board = rank(suite(), cards)
+    assert Leaderboard.model_validate_json(board.model_dump_json()) == board
+
+
+def test_the_order_of_cells_does_not_matter() -> None:
+    cells = suite(("ties",))
+    one, two = rank(cells, cards), rank(cells[::-1], cards)
+    assert [(r.defense, r.place) for r in one.rows] == [(r.defense, r.place) for r in two.rows]
+
+
+# -- console ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_console_fits_and_tells_the_story(width: int) -> None:
+    text = printed(suite(), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "Merged by ties  minilm, victim r8 with bbc, seed 0" in text
+    # One row per defense under all seven attacks, with a mark and an interval below.
+    line = next(line for line in text.splitlines() if re.match(r"params +0\.99 ✓", line))
+    assert re.findall(r"\d\.\d\d [✓~✗]", line) == [
+        "0.99 ✓", "0.80 ~", "0.85 ~", "0.40 ✗", "0.02 ✗", "0.90 ~", "0.70 ~",
+    ]  # fmt: skip
+    assert "error in mergelock, aga, ties: MethodError: NaN in recovered weights" in text
+    assert "params: broken by gauge-align (weights only, no data, 0.2 s)" in text
+    assert re.search(r"r8 \(victim\) +44\.0 +94\.0 +92\.0 92\.0", text)
+    assert "…" not in text
+
+
+def test_statuses_are_words() -> None:
+    cells = [
+        *grid("params", 1.0),
+        cell("params", "aga", status="no-benefit"),
+        cell("params", "head-norm", status="skipped", reason="x"),
+        cell("params", "gauge-align", status="error", reason="y"),
+    ]
+    text = printed(cells, 80)
+    for word in ("no-\n", "benefit", "skipped", "error"):
+        assert re.sub(r" +\n", "\n", word) in re.sub(r" +", "\n", text)
+
+
+def test_many_attacks_continue_in_a_second_block() -> None:
+    names = tuple(f"attack-number-{i}" for i in range(14))
+    text = printed(grid("params", *[0.5] * 14, attacks=names), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(re.findall(r"attack →", text)) == 2
+    matrix = text[: text.index("Ranking")]
+    assert len(re.findall(r"0\.\d\d [~✗]", matrix)) == 14
+
+
+def test_names_are_no_markup() -> None:
+    assert "[bold]x[/bold]" in printed(grid("[bold]x[/bold]", 1.0), 100)
+
+
+def test_nothing_yet() -> None:
+    assert "no cells yet" in printed([], 80)
+
+
+# -- summary ------------------------------------------------------------------------------------
+
+
+def test_what_there_was_to_gain() -> None:
+    victim, partner = task_lines(suite())
+    assert (victim.task, victim.victim) == ("r8", True)
+    assert (victim.zero_shot, victim.expert) == pytest.approx((0.44, 0.94))
+    assert victim.merged == pytest.approx({"task-arithmetic": 0.92, "ties": 0.92})
+    assert (partner.label, partner.victim) == ("bbc", False)
+
+
+def test_fixed_coefficients_are_of_the_victim_and_unattacked() -> None:
+    (line,) = fixed_lines(grid("params", 1.0, 0.5), ["params"])
+    assert line.accuracy == {"0.3": 0.5, "0.8": 0.7}
+    assert (line.expert, line.zero_shot) == (0.94, 0.44)
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    reporting.write(folder, suite(), RUN, cards)
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects tags, and checks that they close in order."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_run_folder_gets_its_reports(written: Path) -> None:
+    assert sorted(p.name for p in written.iterdir()) == ["leaderboard.json", "plots", "report.html"]
+    assert sorted(p.name for p in (written / "plots").iterdir()) == [
+        "fixed-minilm-task-arithmetic.png", "fixed-minilm-ties.png",
+        "heatmap-minilm-task-arithmetic.png", "heatmap-minilm-ties.png", "utility.png",
+    ]  # fmt: skip
+    board = Leaderboard.model_validate_json((written / "leaderboard.json").read_text())
+    assert board == rank(suite(), cards)
+    for path in (written / "plots").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_is_whole_and_fetches_nothing(written: Path) -> None:
+    page = Page((written / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "object", "form", "a"}
+    sources = [str(attrs["src"]) for tag, attrs in page.tags if tag == "img"]
+    assert len(sources) == 5
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for words in ("What was asked", "Ranking", "Which defense survives which attack",
+                  "Accuracy per task", "Cells without a score", "How to recompute",
+                  "Environment", "What the columns mean", "MethodError: NaN in recovered weights",
+                  "packages: torch", "2=", "unmergebench report"):  # fmt: skip
+        assert words in page.text
+    assert "prefers-color-scheme: dark" in page.text
+
+
+def test_every_string_is_escaped(tmp_path: Path) -> None:
+    cells = [
+        cell(EVIL, EVIL, EVIL, 0.5, testbed=EVIL, choice=EVIL),
+        cell(EVIL, "none", EVIL, 0.5, testbed=EVIL, flags=[EVIL]),
+        cell("params", EVIL, EVIL, 0.5, testbed=EVIL, status="error", reason=EVIL),
+    ]
+    run = {**RUN, "suite": {"name": EVIL, "hash": EVIL, "description": EVIL, EVIL: EVIL},
+           "device": EVIL, "packages": {EVIL: EVIL}, "git": {EVIL: EVIL}}  # fmt: skip
+    reporting.write(tmp_path, cells, run, cards)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") > 15
+    assert Page(text).open == []
+    assert all(p.parent == tmp_path / "plots" for p in tmp_path.rglob("*.png"))
+
+
+def test_names_that_fonts_and_files_cannot_hold(tmp_path: Path) -> None:
+    cells = [cell("защита/水", merger=m, protection=0.5) for m in ("a/b", "a b")]
+    drawn = plots.write(tmp_path, cells, rank(cells, cards))
+    assert len(set(drawn.values())) == len(drawn) == 5
+
+
+def test_a_second_report_draws_nothing_anew(written: Path) -> None:
+    files = sorted((written / "plots").iterdir())
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+    files[0].write_bytes(before[files[0]][1][:-20])  # cut short: must be drawn again
+    start = time.process_time()
+    reporting.write(written, suite(), RUN, cards)
+    assert time.process_time() - start < 2
+    assert files[0].read_bytes() == before[files[0]][1]
+    assert all(p.stat().st_mtime_ns == before[p][0] for p in files[1:])
+
+
+def test_changed_cells_change_the_plots(tmp_path: Path) -> None:
+    cells = [*grid("params", 1.0), *grid("trap", 0.5)]
+    reporting.write(tmp_path, cells, RUN, cards)
+    name = "plots/heatmap-minilm-task-arithmetic.png"
+    before = (tmp_path / name).read_bytes()
+    reporting.write(tmp_path, [c for c in cells if c.defense != "trap"], RUN, cards)
+    assert (tmp_path / name).read_bytes() != before
+
+
+def test_a_failed_write_leaves_the_old_report(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (written / "report.html").read_bytes()
+
+    def fails(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(html, "page", fails)
+    with pytest.raises(OSError, match="No space"):
+        reporting.write(written, suite(), RUN, cards)
+    assert (written / "report.html").read_bytes() == before
+    assert not [p for p in written.rglob("*") if p.name.startswith(".")]
+
+
+def test_a_run_without_any_cell_or_fact(tmp_path: Path) -> None:
+    board = reporting.write(tmp_path, [], {}, cards)
+    assert board.rows == []
+    assert "No cells yet" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_suite_in_the_page_reads_back_to_its_hash(tmp_path: Path) -> None:
+    from benchmark.pipeline.suite import Suite, load
+
+    shipped = load("quick")
+    facts = {"hash": shipped.hash, **shipped.model_dump(mode="json")}
+    run = {"suite": facts}
+    assert html.commands(run, tmp_path)[1][1] == "unmergebench run quick --out again"
+    edited = Suite.model_validate({**shipped.model_dump(), "defenses": ['my "odd" \\ file.py:X']})
+    facts = {"hash": edited.hash, **edited.model_dump(mode="json")}
+    assert "suite.toml" in html.commands({"suite": facts}, tmp_path)[1][1]
+    (tmp_path / "suite.toml").write_text(html.suite_toml(facts), encoding="utf-8")
+    assert load(str(tmp_path / "suite.toml")) == edited
+
+
+def test_json_has_no_nan(written: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    json.loads((written / "leaderboard.json").read_text(), parse_constant=refuse)

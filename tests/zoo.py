@@ -1,0 +1,219 @@
+"""Tiny random models of every supported family, for property tests.
+
+The weights are ten times larger than transformers' initialisation and no bias is zero, so that a
+transform that breaks the function shows; dh/d = 1/8, below which per-head least squares does not
+erase the task vector (METHODS section 3, trap 1).
+
+    model, inputs = tiny("vit")
+    state = state_of(model)            # a State, independent of the model
+    out = outputs(model, state, inputs)  # (n, m): all that the model computes, a row per example
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor, nn
+
+from benchmark.checkpoint import State
+
+#: METHODS section 1: max |Δlogit| relative to the largest logit, float32.
+TOLERANCE = 1e-4
+WIDTH, HEADS, LAYERS, HIDDEN = 64, 8, 2, 96
+VOCABULARY, LENGTH, BATCH = 40, 6, 4
+_SHAPE = {
+    "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": HIDDEN,
+}
+_IMAGE = {"image_size": 8, "patch_size": 4}
+_TEXT = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3}
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **_SHAPE))
+
+
+def _bert_classifier() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **_SHAPE)
+    return BertForSequenceClassification(config)
+
+
+def _roberta() -> nn.Module:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    config = RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **_SHAPE)
+    return RobertaForSequenceClassification(config)
+
+
+def _distilbert() -> nn.Module:
+    from transformers import DistilBertConfig, DistilBertModel
+
+    return DistilBertModel(
+        DistilBertConfig(
+            vocab_size=VOCABULARY,
+            max_position_embeddings=16,
+            dim=WIDTH,
+            n_heads=HEADS,
+            n_layers=LAYERS,
+            hidden_dim=HIDDEN,
+        )
+    )
+
+
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(num_labels=5, **_IMAGE, **_SHAPE))
+
+
+def _dinov2() -> nn.Module:
+    from transformers import Dinov2Config, Dinov2Model
+
+    shape = {key: value for key, value in _SHAPE.items() if key != "intermediate_size"}
+    return Dinov2Model(Dinov2Config(mlp_ratio=2, **_IMAGE, **shape))
+
+
+def _clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {**_TEXT, **_SHAPE, "max_position_embeddings": LENGTH}
+    return CLIPModel(
+        CLIPConfig(text_config=text, vision_config={**_IMAGE, **_SHAPE}, projection_dim=16)
+    )
+
+
+def _clip_vision() -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=16, **_IMAGE, **_SHAPE))
+
+
+def _open_clip(custom_text: bool = False) -> nn.Module:
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    vision = {
+        "layers": LAYERS,
+        "width": WIDTH,
+        "head_width": WIDTH // HEADS,
+        "mlp_ratio": HIDDEN / WIDTH,
+        **_IMAGE,
+    }
+    text = {
+        "context_length": LENGTH,
+        "vocab_size": VOCABULARY,
+        "width": WIDTH,
+        "heads": HEADS,
+        "layers": LAYERS,
+    }
+    cls = CustomTextCLIP if custom_text else CLIP
+    return cls(embed_dim=16, vision_cfg=vision, text_cfg=text)
+
+
+_MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "bert": (_bert, ("input_ids", "attention_mask")),
+    "bert-classifier": (_bert_classifier, ("input_ids", "attention_mask")),
+    "roberta": (_roberta, ("input_ids", "attention_mask")),
+    "distilbert": (_distilbert, ("input_ids", "attention_mask")),
+    "vit": (_vit, ("pixel_values",)),
+    "dinov2": (_dinov2, ("pixel_values",)),
+    "clip": (_clip, ("input_ids", "attention_mask", "pixel_values")),
+    "clip-vision": (_clip_vision, ("pixel_values",)),
+    "open-clip": (_open_clip, ("image", "text")),
+    "open-clip-custom-text": (functools.partial(_open_clip, True), ("image", "text")),
+}
+#: Every model, and one model per family (the rest differ in their prefixes only).
+NAMES: tuple[str, ...] = tuple(_MODELS)
+FAMILIES: tuple[str, ...] = ("bert", "distilbert", "vit", "dinov2", "clip", "open-clip")
+
+
+def _examples(rng: torch.Generator) -> dict[str, Tensor]:
+    tokens = torch.randint(4, VOCABULARY, (BATCH, LENGTH), generator=rng)
+    tokens[:, -1] = 1  # CLIP pools at the end-of-text token
+    mask = torch.ones_like(tokens)
+    images = torch.randn(BATCH, 3, _IMAGE["image_size"], _IMAGE["image_size"], generator=rng)
+    text = tokens.clone()
+    text[:, -1] = VOCABULARY - 1  # open_clip pools at the largest token
+    return {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "pixel_values": images,
+        "image": images,
+        "text": text,
+    }
+
+
+@functools.cache
+def tiny(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model ``name`` in evaluation mode and inputs for it. Shared between tests: never edit."""
+    build, wanted = _MODELS[name]
+    model = build().eval().requires_grad_(False)
+    rng = torch.Generator().manual_seed(NAMES.index(name))
+    for key, value in model.named_parameters():
+        if value.ndim == 0:  # CLIP's logit scale
+            continue
+        noise = torch.randn(value.shape, generator=rng)
+        gain = any(part in key.lower() for part in ("norm", "ln_", "lambda1")) and "weight" in key
+        value.copy_(1 + 0.1 * noise if gain or "lambda1" in key else 0.2 * noise)
+    examples = _examples(rng)
+    return model, {key: examples[key] for key in wanted}
+
+
+def state_of(model: nn.Module) -> State:
+    """The model's State, sharing no memory with it."""
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    """Everything the model computes for each example, side by side: (n, m)."""
+    with torch.no_grad():
+        result = torch.func.functional_call(model, dict(state), kwargs=dict(inputs))
+    values = result.values() if isinstance(result, Mapping) else result
+    return torch.cat(
+        [v.reshape(BATCH, -1) for v in values if isinstance(v, Tensor) and v.numel() >= BATCH],
+        dim=1,
+    )
+
+
+def drift(model: nn.Module, a: State, b: State, inputs: Mapping[str, Tensor]) -> float:
+    """max |Δoutput| between two States, relative to the largest output of ``a``."""
+    reference = outputs(model, a, inputs)
+    change = outputs(model, b, inputs) - reference
+    return float(change.abs().max() / reference.abs().max())
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def invertible(heads: int, size: int, rng: torch.Generator, condition: float = 1e2) -> Tensor:
+    """Random matrices U·diag(s)·Vᵀ with the given condition number: (heads, size, size) float64."""
+    u, v = (
+        torch.linalg.qr(torch.randn(heads, size, size, generator=rng, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    spectrum = torch.logspace(0, 1, size, base=condition, dtype=torch.float64) / condition**0.5
+    return u @ torch.diag(spectrum) @ v.mT
+
+
+def perturbed(state: State, relative: float, seed: int) -> State:
+    """``state`` plus a random task vector of ``relative`` size in every tensor."""
+    rng = generator(seed)
+    out = {}
+    for key, value in state.items():
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=rng)
+            out[key] = value + relative * value.square().mean().sqrt() * noise
+        else:
+            out[key] = value
+    return out
