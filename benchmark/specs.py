@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import inspect
 import re
+import sys
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -84,15 +86,15 @@ def build(cls: type, name: str, arguments: dict[str, Any]) -> Any:
         UsageError: an unknown parameter, a value of the wrong type or out of range.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    hints = typing.get_type_hints(cls)
     values = {}
     for key, value in arguments.items():
         if key not in fields:
             raise UsageError(f"{name} has no parameter {key!r}{did_you_mean(key, fields)}")
-        if value is None and "none" in typing.get_args(hints[key]):
+        hint = field_type(cls, key)
+        if value is None and "none" in typing.get_args(hint):
             value = "none"  # a choice of that name, not the absence of one
         try:
-            values[key] = TypeAdapter(hints[key]).validate_python(value)
+            values[key] = TypeAdapter(hint).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UsageError(f"{name}: parameter {key}={value!r}: {reason}") from None
@@ -100,6 +102,17 @@ def build(cls: type, name: str, arguments: dict[str, Any]) -> Any:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}: {error}") from None
+
+
+def field_type(cls: type, name: str) -> Any:
+    """The type of one field. The class's other annotations are left alone: they may name types that
+    only a type checker imports.
+    """
+    owner = next(c for c in cls.__mro__ if name in inspect.get_annotations(c))
+    annotation = inspect.get_annotations(owner)[name]
+    if not isinstance(annotation, str):
+        return annotation
+    return eval(annotation, vars(sys.modules[owner.__module__]))  # source of that very module
 
 
 def parameters(method: Any) -> dict[str, Any]:

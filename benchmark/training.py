@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,7 @@ def fine_tune(
     heads = {task.name: task.head.to(device) for task, _ in streams}
     trained: State = {**start, **leaves}
 
-    for step in range(recipe.steps):
+    def advance(step: int) -> None:
         task, stream = streams[step % len(streams)]
         batch = next(stream)
 
@@ -100,9 +101,24 @@ def fine_tune(
             torch.nn.utils.clip_grad_norm_(leaves.values(), recipe.clip)
         optimizer.step()
         schedule.step()
-        if progress is not None:
-            progress(step + 1, recipe.steps)
+
+    with at_most(testbed.threads):
+        for step in range(recipe.steps):
+            advance(step)
+            if progress is not None:
+                progress(step + 1, recipe.steps)
     return {**start, **{key: value.detach() for key, value in leaves.items()}}
+
+
+@contextmanager
+def at_most(threads: int | None) -> Iterator[None]:
+    """Limit torch's CPU threads meanwhile: on small matrices they wait for each other, not work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, threads or before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _batches(split: Split, size: int, rng: torch.Generator) -> Iterator[Split]:

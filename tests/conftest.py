@@ -14,11 +14,30 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from benchmark.paths import cache as cache_folder
+
 # A first call that imports a library, or a busy machine, is no failure.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
 
+# The user's own cache, before any test names another.
+ASSETS = cache_folder() / "assets"
+
 Cli = Callable[..., tuple[int, str]]
+
+
+def with_assets(folder: Path) -> Path:
+    """``folder`` as an empty cache that shares the user's assets (fetched there if need be)."""
+    ASSETS.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
+    (folder / "assets").symlink_to(ASSETS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for the tests that run real testbeds: base and experts are trained once."""
+    return with_assets(tmp_path_factory.mktemp("home") / "cache")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -130,3 +132,12 @@ def suite(mergers: tuple[str, ...] = ("task-arithmetic", "ties"), n: int = 500) 
                     more = {"status": "error", "reason": "MethodError: NaN in recovered weights"}
                 cells.append(cell(defense, attack, merger, value, n=n, utility=utility, **more))
     return cells
+
+
+def save(folder: Path, cells: list[Cell], **facts: object) -> Path:
+    """A run folder with these cells."""
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({**RUN, **facts}), encoding="utf-8")
+    lines = "".join(one.model_dump_json() + "\n" for one in cells)
+    (folder / "cells.jsonl").write_text(lines, encoding="utf-8")
+    return folder

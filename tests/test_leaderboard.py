@@ -7,22 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from fabricated import RUN, cards, cell, suite
+from fabricated import cards, cell, save, suite
 from typer.testing import CliRunner
 
 from benchmark.errors import UnmergeBenchError, UsageError
-from benchmark.records import Cell
 from leaderboard import combine, load_runs
 from leaderboard.cli import app
 from leaderboard.runs import COLUMNS
-
-
-def save(folder: Path, cells: list[Cell], **facts: object) -> Path:
-    folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({**RUN, **facts}), encoding="utf-8")
-    lines = "".join(one.model_dump_json() + "\n" for one in cells)
-    (folder / "cells.jsonl").write_text(lines, encoding="utf-8")
-    return folder
 
 
 def show(*arguments: str | Path) -> str:

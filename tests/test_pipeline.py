@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import with_assets
 
 from benchmark.errors import AssetError, UnmergeBenchError, UsageError
 from benchmark.pipeline import plan as planning
@@ -68,20 +69,6 @@ def suite() -> Suite:
     )
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory):
-    """A cache of this module's own, with the user's assets if they are there already."""
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        from benchmark.paths import cache as user_cache
-
-        assets = user_cache() / "assets"
-        assets.mkdir(parents=True, exist_ok=True)
-        (cache / "assets").symlink_to(assets)
-        patch.setenv("UNMERGEBENCH_CACHE", str(cache))
-        yield cache
-
-
 def run(suite: Suite, folder: Path) -> list[Cell]:
     try:
         return running.execute(planning.make(suite, CPU), folder, CPU)
@@ -107,7 +94,9 @@ def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def finished(suite: Suite, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
-    run(suite, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNMERGEBENCH_CACHE", str(home))
+        run(suite, folder)
     return folder
 
 
@@ -153,10 +142,7 @@ def test_a_finished_run_is_not_touched(finished: Path, suite: Suite) -> None:
 def test_two_runs_with_the_same_seeds_are_identical(
     finished: Path, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "assets").symlink_to(home / "assets")
-    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(cache))
+    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(with_assets(tmp_path / "cache")))
     run(suite, tmp_path / "run")
     assert timeless(tmp_path / "run") == timeless(finished)
 
@@ -174,9 +160,7 @@ def test_killed_in_the_middle_a_run_resumes_to_the_same_cells(
 ) -> None:
     file = tmp_path / "suite.toml"
     file.write_text(_toml(suite))
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "assets").symlink_to(home / "assets")
+    cache = with_assets(tmp_path / "cache")
     out = tmp_path / "run"
     command = [sys.executable, "-m", "benchmark.cli", "run", str(file), "--out", str(out)]
     environment = {**os.environ, "UNMERGEBENCH_CACHE": str(cache)}

@@ -81,7 +81,7 @@ def test_parts_can_be_replaced_from_the_command_line() -> None:
     assert suite.defenses == ("none",)
     assert {group.victim for group in suite.groups} == {"r8"}
     assert suite.seeds == (5,)
-    with pytest.raises(UsageError, match="no victim .r9.; known: 20ng, bbc, r8, rt"):
+    with pytest.raises(UsageError, match=r"no victim .r9.; known: 20ng, bbc, r8, rt"):
         planning.narrowed(load("standard"), victims=["r9"])
 
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import os
 import sys
 
 import typer
 
 from benchmark.cli import assets, browse, checkpoints, doctor, run
 from benchmark.errors import UnmergeBenchError
+
+# Waiting threads that spin starve the working ones wherever other processes share the cores.
+# OpenMP reads this when torch is first imported, which no command has done yet.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+#: No space, no quota, or a file larger than allowed.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="unmergebench",
@@ -33,17 +41,16 @@ def main() -> None:
     """Entry point: every expected failure is one line on stderr and exit code 1 or 2."""
     try:
         _plugins()
-        app()
+        app(prog_name="unmergebench")
     except UnmergeBenchError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM):
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "choose another folder"
-        _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; {remedy}", 1)
+        if error.filename is None and error.errno not in FULL:
+            raise  # not about a file: a mistake of ours, which wants its traceback
+        remedy = "free some space" if error.errno in FULL else "choose another folder"
+        _fail(f"cannot use {error.filename or 'the disk'}: {error.strerror}; {remedy}", 1)
     except KeyboardInterrupt:
-        _fail("interrupted; what was finished is kept, the same command resumes", 130)
+        _fail("interrupted", 130)
 
 
 def _fail(message: str, code: int) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from benchmark.cli.output import Json, console, facts, print_json, table
 from benchmark.errors import UsageError
-from benchmark.specs import did_you_mean
+from benchmark.specs import did_you_mean, field_type
 
 if TYPE_CHECKING:
     from benchmark.registry import Registry
@@ -213,7 +213,6 @@ def _method(kind: str, name: str, cls: Any) -> dict[str, Any]:
 
 
 def _parameters(cls: Any) -> list[dict[str, Any]]:
-    hints = typing.get_type_hints(cls)
     rows = []
     for field in dataclasses.fields(cls):
         if not field.init:
@@ -221,10 +220,11 @@ def _parameters(cls: Any) -> list[dict[str, Any]]:
         default: Any = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        row: dict[str, Any] = {"name": field.name, "type": _type(hints[field.name])}
+        hint = field_type(cls, field.name)
+        row: dict[str, Any] = {"name": field.name, "type": _type(hint)}
         if default is not dataclasses.MISSING:
             row["default"] = default
-        if choices := _choices(hints[field.name]):
+        if choices := _choices(hint):
             row["choices"] = choices
         rows.append(row)
     return rows

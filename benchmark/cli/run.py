@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from benchmark.records import Cell
 
 
+#: Seconds after which a log without a terminal says what is being done.
+QUIET = 10.0
+
+
 def register(app: typer.Typer) -> None:
     app.command()(run)
     app.command()(report)
@@ -62,6 +66,7 @@ def run(
       unmergebench run my-suite.toml --device cuda
     """
     from benchmark import device as devices
+    from benchmark.errors import Interrupted
     from benchmark.pipeline import plan as planning
     from benchmark.pipeline import run as running
     from benchmark.pipeline.suite import load
@@ -85,8 +90,13 @@ def run(
     if dry_run:
         _show_plan(plan, out, as_json)
         return
-    with _progress(f"{chosen.name} on {plan.testbed.spec}") as (progress, notify):
-        cells = running.execute(plan, out, where, progress=progress, notify=notify)
+    try:
+        with _progress(f"{chosen.name} on {plan.testbed.spec}") as (progress, notify):
+            cells = running.execute(plan, out, where, progress=progress, notify=notify)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; what was finished is in {out}, the same command resumes"
+        ) from None
     _report(out, cells, as_json)
     if not as_json:
         print(f"\n{len(cells)} cells in {out} ({time.perf_counter() - start:.0f} s this time); "
@@ -159,7 +169,14 @@ def _progress(title: str) -> Iterator[tuple[Progress, Any]]:
     from rich.progress import Progress as Bars
 
     if not sys.stderr.isatty():
-        started = time.perf_counter()
+        started = said = time.perf_counter()
+
+        def note(text: str) -> None:
+            """What takes long is said now and then, so that a log shows life."""
+            nonlocal said
+            if time.perf_counter() - said > QUIET:
+                said = time.perf_counter()
+                sys.stderr.write(f"{text}\n")
 
         def line(done: int, total: int, cell: Cell | None) -> None:
             if cell is not None:
@@ -169,7 +186,7 @@ def _progress(title: str) -> Iterator[tuple[Progress, Any]]:
                     f"{cell.defense} × {cell.attack} × {cell.merger}: {result}\n"
                 )
 
-        yield line, lambda text: None
+        yield line, note
         return
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),

@@ -2,9 +2,10 @@
 
 Racing with successive halving (Maron & Moore 1994; Jamieson & Talwalkar 2016): every candidate sees
 the first few examples; one is dropped when it trails the leader by more than three standard errors
-of their *paired* difference, and at most half (but two) go on to the next rung. A candidate as good
-as the best is wrongly dropped by the first rule with probability below 0.14 % per comparison
-(normal approximation); the second bounds the cost.
+of their *paired* difference. From ``HALVING`` examples on, at most half (but two) go on to the next
+rung. A candidate as good as the best is wrongly dropped by the first rule with probability below
+0.14 % per comparison (normal approximation); the second bounds the cost, and chooses between
+candidates that so many examples hardly tell apart.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 Correct = Callable[[str, str, range], np.ndarray]
 
 SIGMAS = 3.0
+HALVING = 32
 
 
 @dataclass
@@ -75,5 +77,6 @@ def _survivors(ranked: list[Racer], expert: Mapping[str, float]) -> list[Racer]:
         slack = max(SIGMAS * error, 1 / len(gap))
         if not racer.safe and gap.mean() <= slack:
             contenders.append(racer)
-    half = contenders[: max(2, (sum(not racer.safe for racer in ranked) + 1) // 2)]
-    return [racer for racer in ranked if racer.safe or racer in half]
+    if len(leader) >= HALVING:
+        contenders = contenders[: max(2, (sum(not racer.safe for racer in ranked) + 1) // 2)]
+    return [racer for racer in ranked if racer.safe or racer in contenders]

@@ -21,41 +21,26 @@ import torch
 
 from benchmark.checkpoint import State, digest, task_vector
 from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.merging.tau import (
-    GRID,
-    SHARED,
-    PreparedMerger,
-    active,
-    check_grid,
-    coefficient_grid,
-    weighted_sum,
-)
+from benchmark.merging.tau import GridMerger, active, weighted_sum
 from benchmark.merging.ties import elect
 
 
 @dataclass(frozen=True)
-class _Dropped(PreparedMerger):
+class _Dropped(GridMerger):
     """Drop and rescale once, then combine per setting.
 
     Attributes:
         density: share of entries kept, in (0, 1]; the paper's drop rate p is 1 − density.
-        grid: values tried for each coefficient of a two-way merge (0 is always tried).
-        shared: values tried for the shared coefficient of a larger merge.
     """
 
     density: float = 0.5
-    grid: tuple[float, ...] = GRID
-    shared: tuple[float, ...] = SHARED
 
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise ValueError(f"need 0 < density <= 1, got {self.density}")
-        check_grid(self.grid, self.shared)
-
-    def search_space(self, members: int) -> list[Setting]:
-        return coefficient_grid(members, self.grid, self.shared)
+        super().__post_init__()
 
     def prepare(
         self,

@@ -10,15 +10,7 @@ import torch
 
 from benchmark.checkpoint import State, task_vector
 from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.merging.tau import (
-    GRID,
-    SHARED,
-    PreparedMerger,
-    active,
-    check_grid,
-    coefficient_grid,
-    weighted_sum,
-)
+from benchmark.merging.tau import GridMerger, PreparedMerger, active, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -54,16 +46,8 @@ class Average(PreparedMerger):
 
 
 @dataclass(frozen=True)
-class TaskArithmetic(PreparedMerger):
-    """θ0 + Σ λ_i · τ_i.
-
-    Attributes:
-        grid: values tried for each coefficient of a two-way merge (0 is always tried).
-        shared: values tried for the shared coefficient of a larger merge.
-    """
-
-    grid: tuple[float, ...] = GRID
-    shared: tuple[float, ...] = SHARED
+class TaskArithmetic(GridMerger):
+    """θ0 + Σ λ_i · τ_i."""
 
     card: ClassVar[Card] = Card(
         summary="Adds the scaled task vectors to the base",
@@ -72,12 +56,6 @@ class TaskArithmetic(PreparedMerger):
         arxiv="2212.04089",
         fidelity="faithful",
     )
-
-    def __post_init__(self) -> None:
-        check_grid(self.grid, self.shared)
-
-    def search_space(self, members: int) -> list[Setting]:
-        return coefficient_grid(members, self.grid, self.shared)
 
     def prepare(
         self,

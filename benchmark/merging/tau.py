@@ -6,6 +6,8 @@ import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from benchmark.contracts import Knowledge, Merger, Setting
 from benchmark.errors import MethodError
 
 #: Coefficients of a two-way merge, each member on its own; 0 leaves the member out.
-GRID = (0.0, 0.4, 0.7, 1.0)
+GRID = (0.0, 0.5, 1.0)
 #: One coefficient shared by the members of a larger merge.
 SHARED = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 
@@ -42,6 +44,48 @@ class PreparedMerger(Merger):
         rng: torch.Generator,
     ) -> Callable[[Setting], State]:
         """As in :class:`benchmark.contracts.Merger`."""
+
+
+def searched(default: Any) -> Any:
+    """A field that says which settings are tried, and does not change what a setting gives."""
+    return field(default=default, metadata={"search": True})
+
+
+@dataclass(frozen=True)
+class GridMerger(PreparedMerger):
+    """A merger with one coefficient per member.
+
+    Attributes:
+        coefficients: ``each`` member's own (the rational free-rider), or one ``shared`` by all
+            members, as in the papers' protocols.
+        grid: values tried in a merge of two (0, leaving a member out, is always tried).
+        shared: values tried for a coefficient that members share in larger merges.
+    """
+
+    coefficients: Literal["each", "shared"] = searched("each")
+    grid: tuple[float, ...] = searched(GRID)
+    shared: tuple[float, ...] = searched(SHARED)
+
+    def __post_init__(self) -> None:
+        for grid in (self.grid, self.shared):
+            check_grid(grid)
+
+    def search_space(self, members: int) -> list[Setting]:
+        """The coefficients a free-rider tries; the victim is member 0.
+
+        Own coefficients, two members: every combination of ``grid`` and 0. More: each λ of
+        ``shared`` for all members, for the partners without the victim, and for the partners with
+        the victim at 1. Shared: each λ for all members, and for the partners alone.
+        """
+        values = [c for c in (self.grid if members <= 2 else self.shared) if c]
+        if self.coefficients == "each" and members <= 2:
+            options = sorted({0.0, *values})
+            found = [c for c in itertools.product(options, repeat=members) if any(c)]
+        else:
+            pinned = [1.0] if self.coefficients == "each" else []
+            found = [(c,) * members for c in values]
+            found += [(v, *(c,) * (members - 1)) for v in (0.0, *pinned) for c in values]
+        return [Setting(c) for c in dict.fromkeys(found) if any(c)]
 
 
 def active(setting: Setting, members: int) -> list[tuple[int, float]]:
@@ -72,27 +116,7 @@ def weighted_sum(base: State, parts: Iterable[tuple[float, State]]) -> State:
     return {key: value.to(base[key].dtype) for key, value in out.items()}
 
 
-def check_grid(*grids: tuple[float, ...]) -> None:
-    """Raise ValueError unless every grid is non-empty and finite."""
-    for grid in grids:
-        if not grid or not all(math.isfinite(value) for value in grid):
-            raise ValueError(f"a grid needs finite coefficients, got {grid}")
-
-
-def coefficient_grid(
-    members: int, grid: tuple[float, ...], shared: tuple[float, ...]
-) -> list[Setting]:
-    """The coefficients a free-rider tries; the victim is member 0.
-
-    One or two members: every combination of ``grid`` and 0. More: each λ of ``shared`` for all
-    members, for the partners without the victim, and for the partners with the victim at 1.
-    """
-    if members <= 2:
-        options = sorted({0.0, *grid})
-        found = [c for c in itertools.product(options, repeat=members) if any(c)]
-    else:
-        partners = [(value,) * (members - 1) for value in shared if value]
-        found = [(p[0], *p) for p in partners]
-        found += [(0.0, *p) for p in partners]
-        found += [(1.0, *p) for p in partners]
-    return [Setting(c) for c in dict.fromkeys(found)]
+def check_grid(grid: tuple[float, ...]) -> None:
+    """Raise ValueError unless the grid is non-empty and finite."""
+    if not grid or not all(math.isfinite(value) for value in grid):
+        raise ValueError(f"a grid needs finite coefficients, got {grid}")

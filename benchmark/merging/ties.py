@@ -24,20 +24,13 @@ from torch import Tensor
 
 from benchmark.checkpoint import State, task_vector
 from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.merging.tau import (
-    PreparedMerger,
-    active,
-    check_grid,
-    coefficient_grid,
-    weighted_sum,
-    wide,
-)
+from benchmark.merging.tau import GridMerger, active, searched, weighted_sum, wide
 
 Scope = Literal["global", "tensor"]
 
 
 @dataclass(frozen=True)
-class Ties(PreparedMerger):
+class Ties(GridMerger):
     """Trim, elect sign, disjoint merge.
 
     Attributes:
@@ -45,16 +38,14 @@ class Ties(PreparedMerger):
         scope: trim over the whole τ (``global``) or each tensor by itself (``tensor``).
         normalize: divide by the coefficients of the members that agree.
         scale: factor on the merged τ (a setting's parameter ``scale`` takes its place).
-        grid: values tried for each coefficient of a two-way merge (0 is always tried).
-        shared: values tried for the shared coefficient of a larger merge.
     """
 
     density: float = 0.2
     scope: Scope = "global"
     normalize: bool = False
     scale: float = 1.0
-    grid: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
-    shared: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0, 1.5)
+    grid: tuple[float, ...] = searched((0.0, 1.0, 1.5))
+    shared: tuple[float, ...] = searched((0.3, 0.5, 0.7, 1.0, 1.5))
 
     card: ClassVar[Card] = Card(
         summary="Trims task vectors, elects a sign per entry, sums the members that agree",
@@ -70,10 +61,19 @@ class Ties(PreparedMerger):
             raise ValueError(f"need 0 < density <= 1, got {self.density}")
         if not math.isfinite(self.scale):
             raise ValueError(f"need a finite scale, got {self.scale}")
-        check_grid(self.grid, self.shared)
+        super().__post_init__()
 
     def search_space(self, members: int) -> list[Setting]:
-        return elected_space(members, self.grid, self.shared, self.normalize)
+        """As for every merger of its kind; with ``normalize`` only ratios matter, and ``scale``."""
+        settings = super().search_space(members)
+        if not self.normalize:
+            return settings
+        ratios: dict[tuple[float, ...], None] = {}
+        for setting in settings:
+            greatest = max(setting.coefficients, key=abs)
+            ratios[tuple(round(c / greatest, 6) for c in setting.coefficients)] = None
+        scales = [value for value in (self.grid if members <= 2 else self.shared) if value]
+        return [Setting(ratio, {"scale": scale}) for ratio in ratios for scale in scales]
 
     def prepare(
         self,
@@ -150,18 +150,3 @@ def _sum(parts: list[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def elected_space(
-    members: int, grid: tuple[float, ...], shared: tuple[float, ...], normalize: bool
-) -> list[Setting]:
-    """The settings to try. With ``normalize`` only ratios of coefficients matter, and ``scale``."""
-    settings = coefficient_grid(members, grid, shared)
-    if not normalize:
-        return settings
-    ratios: dict[tuple[float, ...], None] = {}
-    for setting in settings:
-        greatest = max(setting.coefficients, key=abs)
-        ratios[tuple(round(c / greatest, 6) for c in setting.coefficients)] = None
-    scales = [value for value in dict.fromkeys(grid if members <= 2 else shared) if value]
-    return [Setting(ratio, {"scale": scale}) for ratio in ratios for scale in scales]

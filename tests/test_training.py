@@ -1,0 +1,200 @@
+"""The fine-tuning loop on a linear testbed, where what it should do is plain."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmark.anatomy import Anatomy
+from benchmark.checkpoint import State, digest
+from benchmark.contracts import Card, Testbed
+from benchmark.data import Split, Task
+from benchmark.training import Recipe, at_most, cross_entropy, fine_tune
+
+WIDTH = 8
+RECIPE = Recipe(steps=40, batch_size=16, learning_rate=0.05, warmup=4, frozen=("e.",))
+
+
+@dataclass(frozen=True)
+class Plane(Testbed):
+    """features = normalised scale · weight x: a trained matrix, a frozen tensor, an integer one."""
+
+    card: ClassVar[Card] = Card("a linear model")
+    tasks: tuple[str, ...] = ("signs", "order")
+    recipe: Recipe = RECIPE
+
+    def content_hash(self) -> str:
+        return "plane"
+
+    def base(self) -> State:
+        state = self.initialise(torch.Generator().manual_seed(1))
+        return {**state, "e.scale": torch.ones(WIDTH), "position_ids": torch.arange(3)}
+
+    def anatomy(self) -> Anatomy:
+        return Anatomy("plane", (), ())
+
+    def initialise(self, rng: torch.Generator) -> State:
+        return {"weight": torch.randn(WIDTH, WIDTH, generator=rng)}
+
+    def task(self, name: str) -> Task:
+        rng = torch.Generator().manual_seed(2)
+        x = torch.randn(100, WIDTH, generator=rng)
+        score = x[:, 0] if name == "signs" else x[:, 1] - x[:, 2]
+        split = Split({"x": x, "row": torch.arange(100)}, (score > 0).long())
+        head = torch.eye(WIDTH)[[0, 1] if name == "signs" else [2, 3]]
+        return Task(name, ("no", "yes"), split, split, split, head, 10.0)
+
+    def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.nn.functional.normalize(
+            inputs["x"] @ state["weight"].T * state["e.scale"], dim=-1
+        )
+
+
+PLANE = Plane()
+TASKS = {name: PLANE.task(name) for name in PLANE.tasks}
+
+
+def tuned(*names: str, seed: int = 0, **options) -> State:
+    examples = {name: TASKS[name].train for name in names or ("signs",)}
+    rng = torch.Generator().manual_seed(seed)
+    return fine_tune(PLANE, TASKS, PLANE.base(), examples, rng, **options)
+
+
+def accuracy(state: State, name: str) -> float:
+    split = TASKS[name].test
+    guess = (PLANE.features(state, split.inputs) @ TASKS[name].head.T).argmax(1)
+    return float((guess == split.labels).float().mean())
+
+
+def test_it_learns_each_task_and_both() -> None:
+    base = PLANE.base()
+    for names in (("signs",), ("order",), ("signs", "order")):
+        state = tuned(*names, recipe=replace(RECIPE, steps=60 * len(names)))
+        for name in names:
+            assert accuracy(state, name) > max(0.9, accuracy(base, name) + 0.2)
+
+
+def test_start_is_untouched_and_untrained_tensors_are_shared() -> None:
+    start = PLANE.base()
+    before = digest(start)
+    examples = {"signs": TASKS["signs"].train}
+    state = fine_tune(PLANE, TASKS, start, examples, torch.Generator().manual_seed(0))
+    assert digest(start) == before
+    assert list(state) == list(start)
+    assert state["e.scale"] is start["e.scale"]
+    assert state["position_ids"] is start["position_ids"]
+    assert state["weight"] is not start["weight"]
+    assert not torch.equal(state["weight"], start["weight"])
+    assert not any(value.requires_grad for value in state.values())
+
+
+def test_the_seed_decides() -> None:
+    assert digest(tuned(seed=3)) == digest(tuned(seed=3))
+    assert digest(tuned(seed=3)) != digest(tuned(seed=4))
+
+
+def test_tasks_alternate_and_epochs_cover_every_row() -> None:
+    recipe = Recipe(steps=20, batch_size=20, learning_rate=0.01, warmup=0)
+    rows: dict[str, list[int]] = {name: [] for name in TASKS}
+    order: list[str] = []
+    examples = {
+        name: Split({**task.train.inputs, "row": task.train.inputs["row"]}, task.train.labels)
+        for name, task in TASKS.items()
+    }
+
+    class Watch(Plane):
+        def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
+            # Both tasks share their inputs; the steps tell them apart.
+            name = "order" if len(order) % 2 == 0 else "signs"
+            order.append(name)
+            rows[name] += inputs["row"].tolist()
+            return super().features(state, inputs)
+
+    rng = torch.Generator().manual_seed(0)
+    fine_tune(Watch(), TASKS, PLANE.base(), examples, rng, recipe=recipe)
+    assert len(order) == 20
+    for seen in rows.values():  # 10 batches of 20: two epochs of 100 rows, in different orders
+        assert sorted(seen[:100]) == sorted(seen[100:]) == list(range(100))
+        assert seen[:100] != seen[100:]
+
+
+def test_a_loss_may_evaluate_other_states_on_the_batch() -> None:
+    base = PLANE.base()
+    gaps = []
+
+    def loss(logits, state, labels, rng):
+        assert logits(state).requires_grad
+        assert not logits(base).requires_grad
+        gaps.append(float((logits(state) - logits(base)).abs().max().detach()))
+        torch.rand(1, generator=rng)
+        return cross_entropy(logits, state, labels, rng)
+
+    tuned(loss=loss)
+    assert gaps[0] == 0.0
+    assert gaps[-1] > 0.1
+
+
+def test_loss_none_is_cross_entropy() -> None:
+    assert digest(tuned(loss=cross_entropy)) == digest(tuned())
+
+
+def test_gradient_clip_bounds_what_adam_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    tuned(recipe=Recipe(steps=5, clip=0.01))
+    assert max(norms) <= 0.01001
+    norms.clear()
+    tuned(recipe=Recipe(steps=5, clip=None))
+    assert max(norms) > 0.01001
+
+
+def test_rate_rises_then_falls_to_zero() -> None:
+    recipe = Recipe(steps=80, warmup=10)
+    rates = [recipe.rate(step) for step in range(81)]
+    peak = rates.index(max(rates))
+    assert peak == 10
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert max(rates) == 1.0
+    assert rates[80] == 0.0
+    assert min(rates[:80]) > 0.0
+
+
+def test_fewer_examples_than_a_batch() -> None:
+    few = {"signs": TASKS["signs"].train[:5]}
+    calls = []
+    state = fine_tune(
+        PLANE,
+        TASKS,
+        PLANE.base(),
+        few,
+        torch.Generator().manual_seed(0),
+        progress=lambda now, total: calls.append((now, total)),
+    )
+    guess = (PLANE.features(state, few["signs"].inputs) @ TASKS["signs"].head.T).argmax(1)
+    assert torch.equal(guess, few["signs"].labels)
+    assert calls == [(step, 40) for step in range(1, 41)]
+
+
+def test_thread_limit_is_lifted_afterwards() -> None:
+    before = torch.get_num_threads()
+    with contextlib.suppress(ZeroDivisionError), at_most(1):
+        assert torch.get_num_threads() == 1
+        1 / 0  # noqa: B018
+    assert torch.get_num_threads() == before
+    with at_most(None):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before
