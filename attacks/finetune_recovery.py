@@ -29,8 +29,8 @@ class FinetuneRecovery(Attack):
     access: ClassVar[Access] = Access.LABELED
 
     per_class: int = 8
-    steps: int = 20
-    batch_size: int = 32
+    steps: int = 10
+    batch_size: int = 16
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
-import os
 import sys
 
 import typer
 
 from benchmark.cli import assets, browse, checkpoints, doctor, run
 from benchmark.errors import UnmergeBenchError
-
-# Waiting threads that spin starve the working ones wherever other processes share the cores.
-# OpenMP reads this when torch is first imported, which no command has done yet.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 #: No space, no quota, or a file larger than allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

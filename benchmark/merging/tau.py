@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,35 +56,34 @@ class GridMerger(PreparedMerger):
     """A merger with one coefficient per member.
 
     Attributes:
-        coefficients: ``each`` member's own (the rational free-rider), or one ``shared`` by all
-            members, as in the papers' protocols.
+        fixed: one coefficient for all members, as in the papers' protocols; None: searched.
         grid: values tried in a merge of two (0, leaving a member out, is always tried).
         shared: values tried for a coefficient that members share in larger merges.
     """
 
-    coefficients: Literal["each", "shared"] = searched("each")
+    fixed: float | None = searched(None)
     grid: tuple[float, ...] = searched(GRID)
     shared: tuple[float, ...] = searched(SHARED)
 
     def __post_init__(self) -> None:
-        for grid in (self.grid, self.shared):
+        for grid in (self.grid, self.shared, (1.0 if self.fixed is None else self.fixed,)):
             check_grid(grid)
 
     def search_space(self, members: int) -> list[Setting]:
         """The coefficients a free-rider tries; the victim is member 0.
 
-        Own coefficients, two members: every combination of ``grid`` and 0. More: each λ of
-        ``shared`` for all members, for the partners without the victim, and for the partners with
-        the victim at 1. Shared: each λ for all members, and for the partners alone.
+        Two members: every combination of ``grid`` and 0. More: each λ of ``shared`` for all
+        members, for the partners without the victim, and for the partners with the victim at 1.
+        Fixed: that λ for all members, and for the partners without the victim.
         """
-        values = [c for c in (self.grid if members <= 2 else self.shared) if c]
-        if self.coefficients == "each" and members <= 2:
-            options = sorted({0.0, *values})
-            found = [c for c in itertools.product(options, repeat=members) if any(c)]
+        if self.fixed is None and members <= 2:
+            options = sorted({0.0, *self.grid})
+            found = list(itertools.product(options, repeat=members))
         else:
-            pinned = [1.0] if self.coefficients == "each" else []
+            values = self.shared if self.fixed is None else (self.fixed,)
+            pinned = [0.0, 1.0] if self.fixed is None else [0.0]
             found = [(c,) * members for c in values]
-            found += [(v, *(c,) * (members - 1)) for v in (0.0, *pinned) for c in values]
+            found += [(v, *(c,) * (members - 1)) for v in pinned for c in values]
         return [Setting(c) for c in dict.fromkeys(found) if any(c)]
 
 

@@ -108,7 +108,10 @@ class FreeRider:
         outside = self.outside(defense, attack, merger, group, seed).best
         start = time.perf_counter()
         base, parts = made.members(self.bench.recovered(defense, attack, group, seed))
-        settings = [s for s in self.settings(merger, group) if s.coefficients[0]]
+        # The victim without any partner is no merge: used alone it is an outside option.
+        settings = [
+            s for s in self.settings(merger, group) if s.coefficients[0] and any(s.coefficients[1:])
+        ]
         options = made.merges(self.bench, merger, base, parts, settings, group, seed, "merge")
         ranked = self._race(options, group, known=[outside])
         merge = next(option for option, _ in ranked if option.kind == "merge")
