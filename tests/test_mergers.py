@@ -351,7 +351,7 @@ def test_search_space_fits_its_merger(spec: str, count: int) -> None:
 
 def test_task_arithmetic_space() -> None:
     pairs = {s.coefficients for s in merger("task-arithmetic").method.search_space(2)}
-    options = (0.0, 0.4, 0.7, 1.0)
+    options = (0.0, 0.5, 1.0)
     assert pairs == {(a, b) for a in options for b in options} - {(0.0, 0.0)}
     four = {s.coefficients for s in merger("task-arithmetic").method.search_space(4)}
     assert {(0.3,) * 4, (0.0, 0.3, 0.3, 0.3), (1.0, 0.3, 0.3, 0.3)} <= four
@@ -394,3 +394,12 @@ def test_speed_of_ties_on_four_million_entries(benchmark) -> None:  # type: igno
     )
     kept = float((prepared(Setting((1.0, 0.0)))["w"] != 0).float().mean())
     assert kept == pytest.approx(0.2, abs=0.001)
+
+
+def test_a_fixed_coefficient_is_shared_by_all_members() -> None:
+    for members in (2, 4):
+        space = merger("task-arithmetic(fixed=0.3)").method.search_space(members)
+        assert [s.coefficients for s in space] == [
+            (0.3,) * members,
+            (0.0, *(0.3,) * (members - 1)),
+        ]

@@ -182,7 +182,7 @@ def test_canonical_specs_build_the_same_method(**chosen: object) -> None:
 def test_canonical_spec_leaves_out_defaults() -> None:
     assert defense(" params( scaling = diagonal,perm=random ) ").spec == "params(perm=random)"
     assert (
-        merger("ties(grid=[0, 1], normalize=TRUE)").spec == "ties(normalize=true, grid=(0.0, 1.0))"
+        merger("ties(grid=[0, 1], normalize=TRUE)").spec == "ties(grid=(0.0, 1.0), normalize=true)"
     )
     assert defense("params + mergelock( kind=full )").spec == "params+mergelock"
 
