@@ -53,6 +53,14 @@ def finite(state: Mapping[str, Tensor], what: str) -> None:
             raise CheckpointError(f"{what}: tensor {key!r} holds NaN or infinity")
 
 
+def ordered(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """``state`` with its keys in the order of ``like``.
+
+    Methods draw and sum tensor by tensor: what a State was read from must not decide the order.
+    """
+    return {key: state[key] for key in like}
+
+
 def task_vector(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> State:
     """τ = θ − θ0, without the tensors that did not move (a missing key means zero).
 

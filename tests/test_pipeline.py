@@ -61,8 +61,8 @@ def suite() -> Suite:
     return Suite.model_validate(
         {
             **load("smoke").model_dump(),
-            "defenses": ("none", "params", "mergelock"),
-            "attacks": ("none", "gauge-align"),
+            "defenses": ("none", "params", "mergelock", "noise"),
+            "attacks": ("none", "gauge-align", "dropout-pruning", "finetune-recovery"),
             "mergers": ("task-arithmetic",),
             "test": 200,
         }

@@ -29,8 +29,9 @@ class Evaluator:
 
     @cached_property
     def base(self) -> State:
-        """The public base on the device."""
-        return to_device(self.testbed.base(), self.device)
+        """The public base on the device; its order of keys is that of every State here."""
+        base = self.testbed.base()
+        return to_device(dict(sorted(base.items())), self.device)
 
     def task(self, name: str) -> Task:
         """A task with its tensors on the device."""

@@ -17,7 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, compatible, digest, norm_growth, rounded, to_device
+from benchmark.checkpoint import (
+    State,
+    compatible,
+    digest,
+    norm_growth,
+    ordered,
+    rounded,
+    to_device,
+)
 from benchmark.contracts import Access, Attack, Defense, Knowledge, Members, Testbed, Victim
 from benchmark.data import Split
 from benchmark.evaluation.accuracy import Evaluator, relative_gap
@@ -133,7 +141,7 @@ class Workbench:
             # One release for all groups of this victim: the draw must not depend on partners.
             state = defense.method.protect(view, generator("defense", defense.spec, victim, seed))
             compatible(state, self.evaluator.base, f"defense {defense.spec}")
-            return state
+            return ordered(state, self.evaluator.base)
 
         key = sha("released", self.key, victim, seed, defense.spec, method_key(defense.method))
         return self._model(key, make, durable=defense.method.card.trains)
@@ -156,7 +164,7 @@ class Workbench:
             for what, state in (("base", members.base), ("release", members.released)):
                 compatible(state, self.evaluator.base, f"attack {attack.spec} on the {what}")
             budget.update(asdict(knowledge.budget))
-            return members
+            return members._replace(released=ordered(members.released, self.evaluator.base))
 
         def members() -> Members:
             return self.store.recent(key, make)
