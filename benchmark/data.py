@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,9 +68,3 @@ class Task:
     def split(self, name: str) -> Split:
         """``train``, ``validation`` or ``test``."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
-
-
-def divide(size: int, counts: Sequence[int], rng: torch.Generator) -> tuple[Tensor, ...]:
-    """Disjoint random index sets of the given sizes out of ``size`` rows, each sorted."""
-    order = torch.randperm(size, generator=rng)
-    return tuple(part.sort().values for part in order.split([*counts, size - sum(counts)])[:-1])
