@@ -7,7 +7,7 @@ Reading and writing folders lives in :mod:`benchmark.folders`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ from torch import Tensor
 from benchmark.errors import CheckpointError
 
 State = dict[str, Tensor]
+
+#: Forward pass: (state, inputs by name) → features (n, d).
+Forward = Callable[[State, Mapping[str, Tensor]], Tensor]
+
+
+class ForeignState(State):
+    """A release whose modules differ from the base's: its tensors, and how it is run.
+
+    It may hold tensors the base lacks. Only its users see it: mergers get a plain State.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], forward: Forward) -> None:
+        super().__init__(tensors)
+        self.forward = forward
 
 
 def compatible(state: Mapping[str, Tensor], base: Mapping[str, Tensor], what: str) -> None:
@@ -88,9 +102,10 @@ def norm(tau: Mapping[str, Tensor]) -> float:
 
 def rounded(state: Mapping[str, Tensor]) -> State:
     """Every float32 tensor as bfloat16 would store it."""
-    return {
+    out = {
         k: v.bfloat16().to(v.dtype) if v.dtype == torch.float32 else v for k, v in state.items()
     }
+    return ForeignState(out, state.forward) if isinstance(state, ForeignState) else out
 
 
 def norm_growth(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:

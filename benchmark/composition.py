@@ -11,6 +11,7 @@ import torch
 
 from benchmark.checkpoint import State
 from benchmark.contracts import Access, Attack, Card, Defense, Knowledge, Members, Victim
+from benchmark.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,16 @@ class DefenseChain(Defense):
         object.__setattr__(self, "card", combined_card([part.card for part in self.parts]))
 
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        released = victim.expert
-        for part in self.parts:
-            released = part.protect(replace(victim, expert=released), rng)
-        return released
+        return _protected(self.parts, victim, rng)
+
+    def shipped(self, victim: Victim, released: State, rng: torch.Generator) -> State:
+        """What the last part ships; only it may change modules."""
+        before = _protected(self.parts[:-1], victim, rng)
+        return self.parts[-1].shipped(replace(victim, expert=before), released, rng)
+
+    @property
+    def changes_modules(self) -> bool:
+        return self.parts[-1].changes_modules
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,27 @@ class AttackChain(Attack):
 
 
 def chain_defenses(parts: tuple[Defense, ...]) -> Defense:
-    """The composite of at least one defense."""
+    """The composite of at least one defense.
+
+    Raises:
+        UsageError: an order in which one part would undo another.
+    """
+    for part in parts[1:]:
+        if part.card.trains:
+            raise UsageError(
+                f"{part} trains from the base, which undoes the parts before it; put it first"
+            )
+    for part in parts[:-1]:
+        if part.changes_modules:
+            raise UsageError(f"{part} changes modules, which no other part can read; put it last")
     return DefenseChain(parts)
+
+
+def _protected(parts: Sequence[Defense], victim: Victim, rng: torch.Generator) -> State:
+    released = victim.expert
+    for part in parts:
+        released = part.protect(replace(victim, expert=released), rng)
+    return released
 
 
 def chain_attacks(parts: tuple[Attack, ...]) -> Attack:
@@ -101,6 +127,8 @@ def combined_card(cards: Sequence[Card]) -> Card:
         fidelity=fidelity,
         exact=all(card.exact for card in cards),
         trains=any(card.trains for card in cards),
+        locks=any(card.locks for card in cards),
+        architectures=joined([c.architectures for c in cards if c.architectures != "any"]) or "any",
         role=role,
         licence=joined([card.licence for card in cards], " and "),
         notes=joined([card.notes for card in cards]),

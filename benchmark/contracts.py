@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmark.assets import Asset
-from benchmark.checkpoint import State
+from benchmark.checkpoint import Forward, State
 from benchmark.data import Split, Task
 from benchmark.errors import AccessError
 
@@ -46,7 +46,9 @@ class Card:
     ``role``: ``method`` is ranked; ``control`` and ``reference`` stand beside the ranking.
     ``trains``: needs training, so its result is worth keeping. ``fidelity``: ``faithful`` to
     published code or equations, ``reconstruction`` where the source is silent (``notes`` says
-    where), ``ours``. ``exact``: the release computes the expert's function.
+    where), ``ours``. ``exact``: the release computes the expert's function. ``locks``: multiplies Q
+    and K by matrices, which :func:`benchmark.anatomy.within` cuts down to the architecture's gauge
+    group. ``architectures``: what it works on.
     """
 
     summary: str
@@ -57,6 +59,8 @@ class Card:
     exact: bool = False
     trains: bool = False
     role: Literal["method", "control", "reference"] = "method"
+    locks: bool = False
+    architectures: str = "any"
     licence: str = "Apache-2.0"
     notes: str = ""
 
@@ -80,7 +84,8 @@ class Victim:
     """What the owner of an expert has when protecting it.
 
     ``fine_tune`` runs the testbed's recipe; ``initialise`` draws an independent random State of the
-    same architecture; ``features`` is the forward pass (state, inputs) → (n, d).
+    same architecture; ``features`` is the forward pass (state, inputs) → (n, d); ``module`` is the
+    architecture it runs, without weights, whose modules :mod:`benchmark.anatomy.taps` can watch.
     """
 
     base: State
@@ -90,7 +95,8 @@ class Victim:
     recipe: Recipe
     fine_tune: FineTune
     initialise: Callable[[torch.Generator], State]
-    features: Callable[[State, Mapping[str, Tensor]], Tensor]
+    features: Forward
+    module: torch.nn.Module
 
     def train(
         self,
@@ -112,7 +118,21 @@ class Defense(ABC):
 
     @abstractmethod
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        """The released State."""
+        """The released State, as a merger sees it: every tensor of the base."""
+
+    def shipped(self, victim: Victim, released: State, rng: torch.Generator) -> State:
+        """The model as its users run it: ``released``, unless the defense changes modules.
+
+        A defense that does returns a :class:`benchmark.checkpoint.ForeignState`, and in ``protect``
+        puts the base's tensors in place of what a merger cannot read. ``released`` is what
+        ``protect`` gave; ``rng`` is in the state it had there.
+        """
+        return released
+
+    @property
+    def changes_modules(self) -> bool:
+        """Whether users run another model than mergers see."""
+        return type(self).shipped is not Defense.shipped
 
 
 @dataclass
@@ -140,7 +160,7 @@ class Knowledge:
         tasks: Mapping[str, Task] | None = None,
         recipe: Recipe | None = None,
         fine_tune: FineTune | None = None,
-        features: Callable[[State, Mapping[str, Tensor]], Tensor] | None = None,
+        features: Forward | None = None,
         flops_per_example: float = 0.0,
     ) -> None:
         self.access = access
@@ -336,8 +356,14 @@ class Testbed(ABC):
         """The public base, on the CPU."""
 
     @abstractmethod
+    def module(self) -> torch.nn.Module:
+        """The architecture that ``features`` runs, without weights; always the same object."""
+
     def anatomy(self) -> Anatomy:
         """The blocks of the architecture."""
+        from benchmark.anatomy import Anatomy
+
+        return Anatomy.of(self.module())
 
     @abstractmethod
     def task(self, name: str) -> Task:
@@ -351,5 +377,5 @@ class Testbed(ABC):
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         """Forward pass through ``torch.func.functional_call``: (n, d) unit vectors, differentiable.
 
-        Runs on the device of ``state`` and ``inputs``; holds no parameters of its own.
+        Runs ``module`` on the device of ``state`` and ``inputs``; holds no parameters of its own.
         """

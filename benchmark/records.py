@@ -53,7 +53,8 @@ class Cell(BaseModel):
     nothing was defended). ``fixed``: accuracy on the victim's task at the papers' coefficients.
     ``utility`` and ``standalone``: accuracy of the release, and of the recovered model, used alone.
     ``logit_gap``, ``recovered_gap``: max relative |Δlogit| of release against expert, and of the
-    recovered model against the release. ``bf16_gap`` and ``bf16_gap_expert``: what storing release
+    recovered model against the release. ``qk_gauge``: the group to which the architecture confines a
+    lock on Q and K: general, rotary or sign. ``bf16_gap`` and ``bf16_gap_expert``: what storing release
     and expert in bfloat16 costs, likewise. ``correct``: per-example test outcomes of the chosen
     models, as hex, from which intervals are recomputed.
     """
@@ -90,6 +91,7 @@ class Cell(BaseModel):
     utility: float | None = None
     utility_drop: float | None = None
     standalone: float | None = None
+    qk_gauge: str = ""
     logit_gap: float | None = None
     bf16_gap: float | None = None
     bf16_gap_expert: float | None = None

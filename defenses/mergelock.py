@@ -8,7 +8,8 @@ The paper composes A and B of random, scaling and permutation factors; its sampl
 published. Reconstruction: A = G·D·Π, G Gaussian, D = diag(s) with s log-uniform on [0.1, 10], Π a
 random permutation, redrawn until cond(A) ≤ 1e4. The bound is on A, not on G alone: stored in
 float32 a lock loses up to cond(A) · 6e-8 of the logits, and with G alone bounded one head in 100
-has cond(A) > 1e5. The MLP is untouched. The random state is the key: :meth:`MergeLock.unlock`
+has cond(A) > 1e5. On rotary models and under QK-norm, A is cut down to the architecture's gauge group
+(:func:`benchmark.anatomy.within`). The MLP is untouched. The random state is the key: :meth:`MergeLock.unlock`
 replays the draws and inverts them.
 """
 
@@ -20,8 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy import Anatomy, AttentionBlock, apply_qk, apply_vo
-from benchmark.anatomy.gauge import require_general
+from benchmark.anatomy import Anatomy, AttentionBlock, apply_qk, apply_vo, within
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Defense, Victim
 from defenses import draws
@@ -46,15 +46,13 @@ class MergeLock(Defense):
         arxiv="2509.01548",
         fidelity="reconstruction",
         exact=True,
+        locks=True,
+        architectures="any; on rotary models and with QK-norm only that part of A which keeps Q·K",
         notes="the sampling law of A and B is not published; A = G·D·Π is ours",
     )
 
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        """The released State.
-
-        Raises:
-            MethodError: the architecture's Q/K gauge is not the general one (rotary, QK-norm).
-        """
+        """The released State."""
         return self._transform(victim.expert, victim.anatomy, rng, inverse=False)
 
     def unlock(self, released: State, anatomy: Anatomy, rng: torch.Generator) -> State:
@@ -64,11 +62,11 @@ class MergeLock(Defense):
     def _transform(
         self, state: State, anatomy: Anatomy, rng: torch.Generator, *, inverse: bool
     ) -> State:
-        require_general(anatomy, "mergelock")
         out = dict(state)
         for block in anatomy.attention:
-            for apply in (apply_qk, apply_vo):
-                matrices = self._matrices(block, rng).to(out[block.q.weight.key].device)
+            device = out[block.q.weight.key].device
+            a, b = (self._matrices(block, rng).to(device) for _ in range(2))
+            for apply, matrices in ((apply_qk, within(block, a)), (apply_vo, b)):
                 apply(out, block, torch.linalg.inv(matrices) if inverse else matrices)
         return out
 

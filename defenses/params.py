@@ -14,7 +14,8 @@ Scaling, per head: Q → A·Q, K → A^-T·K, V → B·V, O → O·B^-1, biases 
 * ``nonsymmetric``: A = (G + ε·I)·diag(s), G Gaussian, ε = 1e-3, s log-uniform on [0.1, 15].
 
 Today's official code defaults to ``nonsymmetric`` and reuses A for B (``tied``); the paper draws
-them independently. Grouped-query attention gets one A and one B per KV group.
+them independently. Grouped-query attention gets one A and one B per KV group. On rotary models and
+under QK-norm, A is cut down to the architecture's gauge group (:func:`benchmark.anatomy.within`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy import AttentionBlock, MLPBlock, apply_qk, apply_vo, permute_units
-from benchmark.anatomy.gauge import require_general
+from benchmark.anatomy import AttentionBlock, MLPBlock, apply_qk, apply_vo, permute_units, within
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Defense, Victim
 from defenses import draws
@@ -63,6 +63,8 @@ class PaRaMS(Defense):
         arxiv="2503.07661",
         fidelity="faithful",
         exact=True,
+        locks=True,
+        architectures="any; on rotary models and with QK-norm only that part of A which keeps Q·K",
         notes="tied=true, scaling=nonsymmetric is what the official code runs today",
     )
 
@@ -78,22 +80,17 @@ class PaRaMS(Defense):
         return (low if self.low is None else self.low, high if self.high is None else self.high)
 
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        """The released State.
-
-        Raises:
-            MethodError: the architecture's Q/K gauge is not the general one (rotary, QK-norm).
-        """
+        """The released State."""
         state = dict(victim.expert)
         if self.perm != "identity":
             for mlp in victim.anatomy.mlp:
                 permute_units(state, mlp, self._permutation(victim, mlp, rng))
         if self.scaling != "none":
-            require_general(victim.anatomy, "params")
             for block in victim.anatomy.attention:
                 device = state[block.q.weight.key].device
                 a = self._matrices(block, rng).to(device)
                 b = a if self.tied else self._matrices(block, rng).to(device)
-                apply_qk(state, block, a)
+                apply_qk(state, block, within(block, a))
                 apply_vo(state, block, b)
         return state
 

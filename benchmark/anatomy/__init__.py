@@ -1,7 +1,7 @@
 """Where an architecture keeps its attention and MLP blocks; which transforms keep its function."""
 
 from benchmark.anatomy.blocks import Anatomy, AttentionBlock, Linear, MLPBlock, Slot
-from benchmark.anatomy.gauge import apply_qk, apply_vo, permute_heads, permute_units
+from benchmark.anatomy.gauge import apply_qk, apply_vo, permute_heads, permute_units, within
 
 __all__ = [
     "Anatomy",
@@ -13,4 +13,5 @@ __all__ = [
     "apply_vo",
     "permute_heads",
     "permute_units",
+    "within",
 ]

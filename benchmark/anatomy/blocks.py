@@ -16,7 +16,8 @@ from torch import Tensor
 
 from benchmark.checkpoint import State
 
-Gauge = Literal["general", "rotary", "signed-permutation"]
+Gauge = Literal["general", "rotary", "sign"]
+_FREEDOM: tuple[Gauge, ...] = ("sign", "rotary", "general")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class AttentionBlock:
     def qk_gauge(self) -> Gauge:
         """Which per-head maps of Q (with the inverse transpose on K) keep the function."""
         if self.qk_norm is not None:
-            return "signed-permutation"
+            return "sign"
         return "rotary" if self.rotary else "general"
 
     def linears(self) -> dict[str, Linear]:
@@ -160,6 +161,12 @@ class Anatomy:
     family: str
     attention: tuple[AttentionBlock, ...]
     mlp: tuple[MLPBlock, ...]
+
+    @property
+    def qk_gauge(self) -> Gauge:
+        """The Q/K gauge group that every attention block allows."""
+        found = [block.qk_gauge for block in self.attention]
+        return min(found, key=_FREEDOM.index, default="general")
 
     @staticmethod
     def of(model: torch.nn.Module) -> Anatomy:

@@ -13,15 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.blocks import Anatomy, AttentionBlock, MLPBlock
+from benchmark.anatomy.blocks import AttentionBlock, MLPBlock
 from benchmark.checkpoint import State
-from benchmark.errors import MethodError
 
 
 def apply_qk(state: State, block: AttentionBlock, a: Tensor) -> None:
     """Q → A·Q and K → A^-T·K per KV head, biases too. ``a``: (kv_heads, dh, dh), invertible.
 
-    The caller answers for A being in ``block.qk_gauge``.
+    The caller answers for A being in ``block.qk_gauge`` (:func:`within`).
     """
     a = a.double()
     q = block.read(state, "q")
@@ -55,15 +54,35 @@ def permute_heads(state: State, block: AttentionBlock, permutation: Tensor) -> N
     block.write_o(state, block.read_o(state)[permutation])
 
 
-def require_general(anatomy: Anatomy, method: str) -> None:
-    """Refuse an architecture in which a general A on Q and K would change the function.
+def within(block: AttentionBlock, a: Tensor) -> Tensor:
+    """The part of A that keeps the function of this block: (kv_heads, dh, dh) → the same shape.
 
-    Raises:
-        MethodError: rotary embeddings or QK-norm (METHODS section 1).
+    The orthogonal projection (Frobenius norm) onto the matrices that commute with what the
+    architecture does between the projections and the logits (METHODS section 1):
+
+    - ``general``: nothing in between; A itself;
+    - ``rotary``: the rotation of the pairs (i, i + dh/2), each by its own frequency, so that only
+      one complex number x + iy per pair is left: x = (A_ii + A_jj)/2, y = (A_ji − A_ij)/2;
+    - ``sign``: QK-norm, whose gain all heads share, so that only a sign is left: of x per pair, or
+      of A_ii per dimension where there is no rotation.
     """
-    for block in anatomy.attention:
-        if block.qk_gauge != "general":
-            raise MethodError(
-                f"{method} multiplies Q and K by general matrices, which changes the function of "
-                f"{anatomy.family} (its Q/K gauge is {block.qk_gauge}); use another method there"
-            )
+    if block.qk_gauge == "general":
+        return a
+    diagonal = a.diagonal(dim1=1, dim2=2)
+    if block.qk_gauge == "sign" and not block.rotary:
+        return torch.diag_embed(_sign(diagonal))
+    half = block.head_dim // 2
+    x = (diagonal[:, :half] + diagonal[:, half:]) / 2
+    y = torch.zeros_like(x)
+    if block.qk_gauge == "sign":
+        x = _sign(x)
+    else:
+        lower, upper = (a.diagonal(offset, 1, 2) for offset in (-half, half))
+        y = (lower - upper) / 2
+    same, cross = torch.diag_embed(x), torch.diag_embed(y)
+    return torch.cat([torch.cat([same, -cross], 2), torch.cat([cross, same], 2)], 1)
+
+
+def _sign(value: Tensor) -> Tensor:
+    """+1 or −1, never 0."""
+    return torch.where(value < 0, -1.0, 1.0).to(value.dtype)

@@ -54,6 +54,7 @@ def victim(base: State, expert: State, source: Checkpoint, spec: str) -> Victim:
         fine_tune=absent,
         initialise=absent,
         features=absent,
+        module=absent,
     )
 
 

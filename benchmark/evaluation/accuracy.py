@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, to_device
+from benchmark.checkpoint import ForeignState, State, to_device
 from benchmark.contracts import Testbed
 from benchmark.data import Task
 from benchmark.errors import MethodError
@@ -48,11 +48,11 @@ class Evaluator:
         """
         what = self.task(task)
         examples = what.split(split)[slice(rows.start, rows.stop)]
+        forward = state.forward if isinstance(state, ForeignState) else self.testbed.features
         parts = []
         for start in range(0, len(examples), self.batch_size):
             batch = examples[slice(start, start + self.batch_size)]
-            features = self.testbed.features(state, batch.inputs)
-            parts.append(what.scale * features @ what.head.T)
+            parts.append(what.scale * forward(state, batch.inputs) @ what.head.T)
         out = torch.cat(parts).float().cpu()  # one synchronisation for all batches
         if not torch.isfinite(out).all():
             raise MethodError(f"the model gives NaN or infinite logits on {task}")

@@ -45,6 +45,13 @@ FLAGS: dict[str, Flag] = {
         "Narrow the range of the factors or the condition number of the matrices; until then the "
         "owner must ship float32, and that cost belongs in the comparison.",
     ),
+    "restricted-gauge": Flag(
+        "The lock could hide less than its paper says: here Q and K leave it little room.",
+        "The defense multiplies Q and K by matrices, and the architecture has rotary embeddings "
+        "(one complex number per frequency pair keeps the function) or QK-norm (a sign per pair).",
+        "Nothing to repair: general matrices would change the model's outputs. Compare with an "
+        "architecture without rotary embeddings before judging the method.",
+    ),
     "seed-dependent": Flag(
         "The outcome depends on the draw: some seeds protect and some do not.",
         "Protection against the same attack and merger differs by more than 0.2 between seeds.",

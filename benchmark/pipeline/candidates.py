@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from benchmark.checkpoint import State, compatible
+from benchmark.checkpoint import ForeignState, State, compatible
 from benchmark.contracts import Attack, Merger, Setting
 from benchmark.methods import Named
 from benchmark.pipeline.fingerprint import sha
@@ -101,7 +101,7 @@ def merges(
 
 def outside(
     bench: Workbench,
-    released: Model,
+    shipped: Model,
     merger: Named[Merger],
     settings: Sequence[Setting],
     group: Group,
@@ -116,7 +116,7 @@ def outside(
     without = [Setting(s.coefficients[1:], s.parameters) for s in settings if not s.coefficients[0]]
     parts = [Part.of(expert) for expert in experts]
     return [
-        Candidate("released alone", released.sha256, released.state, kind="released"),
+        Candidate("released alone", shipped.sha256, shipped.state, kind="released"),
         *(
             Candidate(f"{partner} alone", expert.sha256, expert.state, kind="partners")
             for partner, expert in zip(group.partners, experts, strict=True)
@@ -142,7 +142,11 @@ def refined(
         knowledge = bench.knowledge(attack, group)
         # The same draws for every candidate: the outside options get the same examples.
         rng = generator("refine", attack.spec, group.victim, group.partners, seed)
-        state = attack.method.refine(candidate.build(), knowledge, rng)
+        start = candidate.build()
+        if isinstance(start, ForeignState):
+            bench.store.put(f"spent:{content}", asdict(knowledge.budget))
+            return start  # the trainer cannot run its modules: it stays as it is
+        state = attack.method.refine(start, knowledge, rng)
         compatible(state, bench.evaluator.base, f"attack {attack.spec} after the merge")
         bench.store.put(f"spent:{content}", asdict(knowledge.budget))
         return state

@@ -96,10 +96,12 @@ class CellMaker:
             released=released.sha256,
             recovered=recovered.sha256,
         )
+        cell.qk_gauge = bench.anatomy.qk_gauge
         cell.seconds = Seconds(
             protect=released.facts["seconds"], recover=recovered.facts["seconds"]
         )
-        self._alone(cell, planned, expert, released, recovered)
+        shipped = bench.shipped(planned.defense, group.victim, seed)
+        self._alone(cell, planned, expert, shipped, recovered)
         outside = rider.outside(planned.defense, planned.attack, merger, group, seed)
         attacked = rider.situation(planned.defense, planned.attack, merger, group, seed)
         undefended = max(
@@ -116,19 +118,19 @@ class CellMaker:
         cell.flags = self._flags(cell, planned, released, expert)
 
     def _alone(
-        self, cell: Cell, planned: Planned, expert: Model, released: Model, recovered: Model
+        self, cell: Cell, planned: Planned, expert: Model, shipped: Model, recovered: Model
     ) -> None:
-        """Base, expert, release and recovered model, each by itself."""
+        """Base, expert, release as shipped and recovered model, each by itself."""
         bench, group, victim = self.bench, planned.group, planned.group.victim
         rows = self.rider.rows(victim)
         cell.expert_accuracy = accuracies(self.rider.experts(group, "test"))
         base = Candidate("base", bench.base.sha256, bench.base.state)
         cell.zero_shot = accuracies(self.rider.test(base, group))
-        cell.utility, cell.logit_gap = bench.alone(released, expert, victim, rows)
-        cell.bf16_gap = bench.in_bf16(released, victim)
+        cell.utility, cell.logit_gap = bench.alone(shipped, expert, victim, rows)
+        cell.bf16_gap = bench.in_bf16(shipped, victim)
         cell.bf16_gap_expert = bench.in_bf16(expert, victim)
         cell.utility_drop = cell.expert_accuracy[victim] - cell.utility
-        cell.standalone, cell.recovered_gap = bench.alone(recovered, released, victim, rows)
+        cell.standalone, cell.recovered_gap = bench.alone(recovered, shipped, victim, rows)
 
     def _score(
         self,
@@ -202,6 +204,7 @@ class CellMaker:
             "utility-gate": (cell.utility_drop or 0.0) > UTILITY_GATE,
             "not-equivalent": planned.defense.method.card.exact and (cell.logit_gap or 0.0) > 1e-4,
             "destructive-attack": undefended and lost > UTILITY_GATE,
+            "restricted-gauge": planned.defense.method.card.locks and cell.qk_gauge != "general",
             "half-precision-loss": (cell.bf16_gap or 0.0) > 2 * (cell.bf16_gap_expert or 0.0),
             "norm-blow-up": self.bench.norm_growth(released, expert) > MOST_GROWTH,
         }

@@ -76,9 +76,9 @@ class FreeRider:
         means = attack.spec if refines else ""
         key = ("outside", defense.spec, means, merger.spec, repr(group), str(seed))
         if key not in self._outcomes:
-            released = self.bench.released(defense, group.victim, seed)
+            shipped = self.bench.shipped(defense, group.victim, seed)
             settings = self.settings(merger, group)
-            options = made.outside(self.bench, released, merger, settings, group, seed)
+            options = made.outside(self.bench, shipped, merger, settings, group, seed)
             # Few, and shared by all defenses: no racing, which could lose one to a bad start.
             ranked = self._race([], group, known=options)
             if refines:

@@ -124,27 +124,45 @@ class Workbench:
         """What the owner publishes."""
 
         def make() -> State:
-            task = self.evaluator.task(victim)
-            view = Victim(
-                base=self.evaluator.base,
-                expert=self.expert(victim).state(),
-                anatomy=self.anatomy,
-                task=task,
-                recipe=self.testbed.recipe,
-                fine_tune=self._trainer(f"{defense.spec} {victim}"),
-                initialise=lambda rng: to_device(
-                    self.testbed.initialise(rng), self.evaluator.device
-                ),
-                features=self.testbed.features,
-            )
             self.notify(f"{defense.spec} protects {victim}")
-            # One release for all groups of this victim: the draw must not depend on partners.
-            state = defense.method.protect(view, generator("defense", defense.spec, victim, seed))
+            view = self._view(defense, victim)
+            state = defense.method.protect(view, self._draws(defense, victim, seed))
             compatible(state, self.evaluator.base, f"defense {defense.spec}")
             return ordered(state, self.evaluator.base)
 
         key = sha("released", self.key, victim, seed, defense.spec, method_key(defense.method))
         return self._model(key, make, durable=defense.method.card.trains)
+
+    def shipped(self, defense: Named[Defense], victim: str, seed: int) -> Model:
+        """The release as its users run it: another model only where the defense changes modules."""
+        released = self.released(defense, victim, seed)
+        if not defense.method.changes_modules:
+            return released
+
+        def make() -> State:
+            view = self._view(defense, victim)
+            rng = self._draws(defense, victim, seed)
+            return defense.method.shipped(view, released.state(), rng)
+
+        return self._model(sha("shipped", released.key), make, durable=False)
+
+    def _view(self, defense: Named[Defense], victim: str) -> Victim:
+        return Victim(
+            base=self.evaluator.base,
+            expert=self.expert(victim).state(),
+            anatomy=self.anatomy,
+            task=self.evaluator.task(victim),
+            recipe=self.testbed.recipe,
+            fine_tune=self._trainer(f"{defense.spec} {victim}"),
+            initialise=lambda rng: to_device(self.testbed.initialise(rng), self.evaluator.device),
+            features=self.testbed.features,
+            module=self.testbed.module(),
+        )
+
+    @staticmethod
+    def _draws(defense: Named[Defense], victim: str, seed: int) -> torch.Generator:
+        # One release for all groups of this victim: the draw must not depend on partners.
+        return generator("defense", defense.spec, victim, seed)
 
     def recovered(
         self, defense: Named[Defense], attack: Named[Attack], group: Group, seed: int

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmark.anatomy import Anatomy
 from benchmark.assets import Asset, fetch
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Testbed
@@ -86,8 +85,8 @@ class Digits(Testbed):
         """The ViT pretrained on the ten digits of MNIST (training rows only), distorted."""
         return kept("digits-base", _sha256("base"), self._pretrain)
 
-    def anatomy(self) -> Anatomy:
-        return Anatomy.of(_skeleton())
+    def module(self) -> torch.nn.Module:
+        return _skeleton()
 
     def task(self, name: str) -> Task:
         """Splits are disjoint; rows are in a random order.

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.anatomy import Anatomy
 from benchmark.assets import Asset, fetch
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Testbed
@@ -89,8 +88,8 @@ class MiniLM(Testbed):
     def base(self) -> State:
         return dict(_weights(str(fetch(WEIGHTS))))
 
-    def anatomy(self) -> Anatomy:
-        return Anatomy.of(_skeleton(str(fetch(WEIGHTS))))
+    def module(self) -> torch.nn.Module:
+        return _skeleton(str(fetch(WEIGHTS)))
 
     def task(self, name: str) -> Task:
         """Splits are disjoint in what the model sees; rows are in a random order.
