@@ -9,7 +9,6 @@ import torch
 
 from benchmark.anatomy import apply_qk, apply_vo, permute_heads, permute_units
 from benchmark.anatomy.alignment import match_heads, match_units, qk_gauge, vo_gauge
-from benchmark.anatomy.gauge import require_general
 from benchmark.checkpoint import State
 from benchmark.contracts import Access, Attack, Card, Knowledge
 
@@ -24,7 +23,8 @@ class GaugeAlign(Attack):
         B = argmin ‖B·Wv − Wv0‖² + ‖B^-T·Woᵀ − Wo0ᵀ‖²,  Wv ← B·Wv,  Wo ← Wo·B^-1,
 
     biases of q and v included. The key bias is set to the base's: it adds one number to all logits
-    of a query, which softmax ignores. Per MLP block: match the units. A head that would come no
+    of a query, which softmax ignores. (Under rotary embeddings or QK-norm it stays, and A is one
+    complex number or one sign per pair.) Per MLP block: match the units. A head that would come no
     nearer to the base stays as it is.
     """
 
@@ -38,13 +38,12 @@ class GaugeAlign(Attack):
     access: ClassVar[Access] = Access.WEIGHTS
 
     def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
-        require_general(knowledge.anatomy, "gauge-align")
         base, state = knowledge.base, dict(released)
         for block in knowledge.anatomy.attention:
             permute_heads(state, block, match_heads(block, state, base))
             apply_qk(state, block, qk_gauge(block, state, base))
             apply_vo(state, block, vo_gauge(block, state, base))
-            if block.k.bias is not None:
+            if block.k.bias is not None and block.free_key_bias:
                 block.k.bias.write(state, block.k.bias.read(base))
         for mlp in knowledge.anatomy.mlp:
             permute_units(state, mlp, match_units(mlp, state, base))

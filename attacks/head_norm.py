@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy import Anatomy, AttentionBlock, apply_qk, apply_vo
+from benchmark.anatomy import Anatomy, AttentionBlock, apply_qk, apply_vo, within
 from benchmark.checkpoint import State
 from benchmark.contracts import Access, Attack, Card, Knowledge, Members
 
@@ -20,7 +20,7 @@ class HeadNorm(Attack):
     i runs over the dimensions of every head. Likewise β for V and O. ``reference=balanced``
     takes 1 in place of the base's ratio, for *every* member of the merge, base included, so that it
     needs no trust in an anchor. ``granularity=head`` uses one factor per head. Scalings keep the
-    function.
+    function (of Q and K: as far as the architecture's gauge group has them).
     """
 
     card: ClassVar[Card] = Card(
@@ -47,7 +47,7 @@ class HeadNorm(Attack):
     def _rescale(self, state: State, anatomy: Anatomy, base: State) -> State:
         out = dict(state)
         for block in anatomy.attention:
-            for read, apply in ((_query_key, apply_qk), (_value_output, apply_vo)):
+            for read, apply in ((_query_key, _apply_qk), (_value_output, apply_vo)):
                 factor = self._ratio(*read(block, state))
                 if self.reference == "base":
                     factor = factor / self._ratio(*read(block, base))
@@ -62,6 +62,10 @@ class HeadNorm(Attack):
         if self.granularity == "head":
             norms = [n.sum(-1, keepdim=True).expand_as(n) for n in norms]
         return (norms[0] / norms[1]).sqrt()
+
+
+def _apply_qk(state: State, block: AttentionBlock, scales: Tensor) -> None:
+    apply_qk(state, block, within(block, scales))
 
 
 def _query_key(block: AttentionBlock, state: State) -> tuple[Tensor, Tensor]:

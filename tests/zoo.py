@@ -120,6 +120,53 @@ def _open_clip(custom_text: bool = False) -> nn.Module:
     return cls(embed_dim=16, vision_cfg=vision, text_cfg=text)
 
 
+_DECODER = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "pad_token_id": 3, **_SHAPE}
+_DECODER |= {"bos_token_id": 0, "eos_token_id": 1, "num_key_value_heads": HEADS // 2}
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=16,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_inner=HIDDEN,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def _t5(feed_forward: str = "relu") -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=WIDTH // HEADS,
+        d_ff=HIDDEN,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        feed_forward_proj=feed_forward,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def _decoder(name: str, **fields: object) -> nn.Module:
+    """A causal language model of transformers: rotary, grouped heads, gated MLP."""
+    import transformers
+
+    config = getattr(transformers, f"{name}TextConfig", None)
+    config = config or getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")
+    return model(config(**_DECODER, **fields))  # type: ignore[no-any-return]
+
+
+_HEAD_DIM = {"head_dim": WIDTH // HEADS}
+_TOKENS = ("input_ids", "attention_mask")
 _MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "bert": (_bert, ("input_ids", "attention_mask")),
     "bert-classifier": (_bert_classifier, ("input_ids", "attention_mask")),
@@ -131,10 +178,27 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "clip-vision": (_clip_vision, ("pixel_values",)),
     "open-clip": (_open_clip, ("image", "text")),
     "open-clip-custom-text": (functools.partial(_open_clip, True), ("image", "text")),
+    "gpt2": (_gpt2, _TOKENS),
+    "t5": (_t5, (*_TOKENS, "decoder_input_ids")),
+    "t5-gated": (functools.partial(_t5, "gated-gelu"), (*_TOKENS, "decoder_input_ids")),
+    "llama": (functools.partial(_decoder, "Llama", **_HEAD_DIM), _TOKENS),
+    "mistral": (functools.partial(_decoder, "Mistral", **_HEAD_DIM), _TOKENS),
+    "qwen2": (functools.partial(_decoder, "Qwen2"), _TOKENS),
+    "qwen3": (functools.partial(_decoder, "Qwen3", **_HEAD_DIM), _TOKENS),
+    "gemma2": (functools.partial(_decoder, "Gemma2", **_HEAD_DIM), _TOKENS),
+    "gemma3": (functools.partial(_decoder, "Gemma3", **_HEAD_DIM), _TOKENS),
 }
 #: Every model, and one model per family (the rest differ in their prefixes only).
 NAMES: tuple[str, ...] = tuple(_MODELS)
-FAMILIES: tuple[str, ...] = ("bert", "distilbert", "vit", "dinov2", "clip", "open-clip")
+FAMILIES: tuple[str, ...] = (
+    "bert", "distilbert", "vit", "dinov2", "clip", "open-clip", "gpt2", "t5", "qwen2", "qwen3",
+)  # fmt: skip
+#: The Q/K gauge group of those where it is not the general one.
+RESTRICTED = {
+    "llama": "rotary", "mistral": "rotary", "qwen2": "rotary", "gemma2": "rotary",
+    "qwen3": "sign", "gemma3": "sign",
+}  # fmt: skip
+GROUPED = tuple(RESTRICTED)
 
 
 def _examples(rng: torch.Generator) -> dict[str, Tensor]:
@@ -147,6 +211,7 @@ def _examples(rng: torch.Generator) -> dict[str, Tensor]:
     return {
         "input_ids": tokens,
         "attention_mask": mask,
+        "decoder_input_ids": tokens.flip(1),
         "pixel_values": images,
         "image": images,
         "text": text,
@@ -177,7 +242,9 @@ def state_of(model: nn.Module) -> State:
 def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
     """Everything the model computes for each example, side by side: (n, m)."""
     with torch.no_grad():
-        result = torch.func.functional_call(model, dict(state), kwargs=dict(inputs))
+        result = torch.func.functional_call(
+            model, dict(state), kwargs=dict(inputs), tie_weights=False
+        )
     values = result.values() if isinstance(result, Mapping) else result
     return torch.cat(
         [v.reshape(BATCH, -1) for v in values if isinstance(v, Tensor) and v.numel() >= BATCH],

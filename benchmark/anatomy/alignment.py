@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy.blocks import AttentionBlock, MLPBlock
+from benchmark.anatomy.gauge import rotary_matrix, within
 
 Cost = Literal["inner", "cosine"]
 
@@ -55,8 +56,11 @@ def match_heads(
     """The permutation for ``permute_heads`` that brings the KV groups to the anchor's: (kv_heads,).
 
     Maximises the summed cosines of what no gauge changes: the products WqᵀWk (query bias included,
-    key bias left out: softmax ignores it) and Wo·Wv (value bias included) of each group.
+    key bias left out: softmax ignores it) and Wo·Wv (value bias included) of each group. Heads that
+    cannot trade places stay.
     """
+    if block.fixed_heads:
+        return torch.arange(block.kv_heads)
     queries, keys, values, outputs = (
         (side(block, state), side(block, anchor)) for side in (_queries, _keys, _values, _outputs)
     )
@@ -66,13 +70,23 @@ def match_heads(
 def qk_gauge(
     block: AttentionBlock, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
 ) -> Tensor:
-    """The A for ``apply_qk`` that brings Q and K nearest to the anchor's: (kv_heads, dh, dh)."""
-    return tied_gauge(
+    """The A for ``apply_qk`` that brings Q and K nearest to the anchor's: (kv_heads, dh, dh).
+
+    In the block's own gauge group: general, rotary or sign (:func:`benchmark.anatomy.within`).
+    """
+    sides = (
         _flat(_queries(block, state)),
         _flat(_queries(block, anchor)),
         _flat(_keys(block, state)),
         _flat(_keys(block, anchor)),
     )
+    if block.qk_gauge == "general":
+        return tied_gauge(*sides)
+    if block.qk_gauge == "rotary":
+        return rotary_gauge(*sides)
+    # A sign per dimension or per pair: that of the inner products with the anchor.
+    x, x0, y, y0 = sides
+    return within(block, torch.diag_embed((x * x0).sum(2) + (y * y0).sum(2)))
 
 
 def vo_gauge(
@@ -149,6 +163,43 @@ def tied_gauge(
     return m
 
 
+def rotary_gauge(first: Tensor, first0: Tensor, second: Tensor, second0: Tensor) -> Tensor:
+    """A per head that minimises ‖A·X − X0‖² + ‖A^-T·Y − Y0‖² among one complex number per pair.
+
+    With rows i and i + dh/2 as one complex row x, and z = r·e^{iφ} in place of A: for each r the
+    best φ turns c = r·⟨x, x0⟩ + ⟨y, y0⟩/r to the real axis, which leaves one dimension to search,
+
+        f(r) = r²·‖x‖² + ‖y‖²/r² − 2·|c(r)|.
+
+    Shapes and dtypes as in :func:`tied_gauge`; a pair that gains nothing keeps the identity.
+    """
+    half = first.shape[1] // 2
+    x, x0, y, y0 = (
+        torch.complex(side[:, :half], side[:, half:]) for side in (first, first0, second, second0)
+    )
+    on_x, on_y = ((side * anchor.conj()).sum(2) for side, anchor in ((x, x0), (y, y0)))
+    squares = [side.abs().square().sum(2) for side in (x, y)]
+
+    def objective(log_r: Tensor) -> Tensor:
+        """f at (..., kv_heads, dh/2) radii."""
+        r = log_r.exp()
+        return r**2 * squares[0] + squares[1] / r**2 - 2 * (r * on_x + on_y / r).abs()
+
+    best, step = torch.zeros_like(squares[0]), 12.0
+    for _ in range(12):  # each round narrows the bracket twentyfold, to 1e-14 of the radius
+        offsets = torch.linspace(-step, step, 41, dtype=best.dtype, device=best.device)
+        tried = best + offsets[:, None, None]
+        best = tried.gather(0, objective(tried).argmin(0)[None])[0]
+        step /= 20
+    r = best.exp()
+    c = r * on_x + on_y / r
+    turn = c.conj() / c.abs().clamp_min(torch.finfo(r.dtype).tiny)
+    unmoved = squares[0] + squares[1] - 2 * (on_x + on_y).real
+    gains = objective(best) < unmoved
+    z = torch.where(gains & (c.abs() > 0), r * turn, torch.ones_like(turn))
+    return rotary_matrix(z.real, z.imag)
+
+
 def _assign(similarity: Tensor) -> Tensor:
     """π with Σ_i similarity[i, π(i)] greatest, on the CPU."""
     favourite = similarity.argmax(1).cpu()
@@ -168,8 +219,9 @@ def _queries(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _keys(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:
-    """Key rows without their bias, which is a gauge of its own: (kv_heads, 1, dh, d)."""
-    return block.read(state, "k")[:, None, :, :-1]
+    """Key rows, without their bias where that is a gauge of its own: (kv_heads, 1, dh, m)."""
+    keys = block.read(state, "k")[:, None]
+    return keys[..., :-1] if block.free_key_bias else keys
 
 
 def _values(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:

@@ -65,6 +65,8 @@ class AttentionBlock:
 
     ``q`` has ``heads·head_dim`` rows, ``k`` and ``v`` have ``kv_heads·head_dim``, ``o`` has
     ``heads·head_dim`` columns. ``rotary`` and ``qk_norm`` restrict the Q/K gauge group (METHODS 1).
+    ``fixed_heads``: something outside the block is per head (T5's relative positions, shared by all
+    layers), so that heads cannot trade places.
     """
 
     q: Linear
@@ -76,6 +78,7 @@ class AttentionBlock:
     head_dim: int
     rotary: bool = False
     qk_norm: tuple[Slot, Slot] | None = None
+    fixed_heads: bool = False
 
     @property
     def group(self) -> int:
@@ -88,6 +91,12 @@ class AttentionBlock:
         if self.qk_norm is not None:
             return "sign"
         return "rotary" if self.rotary else "general"
+
+    @property
+    def free_key_bias(self) -> bool:
+        """Whether the key bias is a gauge of its own: it adds one number to all logits of a query,
+        which softmax ignores. Not so when keys are rotated or normalised after it."""
+        return not self.rotary and self.qk_norm is None
 
     def linears(self) -> dict[str, Linear]:
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}

@@ -13,8 +13,9 @@ rotary embeddings. So a row also lists the attention classes whose gauge group w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ class Family:
     ``q`` = ``k`` = ``v`` means one fused tensor with the three stacked in that order.
     ``join`` stands between a name and ``weight`` or ``bias`` in the q, k and v names.
     ``classes`` are the classes of the module that owns q whose gauge group was checked.
+    A row without ``up`` and ``down`` is attention alone (T5's decoders have two per block).
+    ``gate`` is the activated branch of a gated MLP. ``qk_norm``: the gains of Q's and K's norm.
     """
 
     name: str
@@ -37,13 +40,15 @@ class Family:
     k: str
     v: str
     o: str
-    up: str
-    down: str
     classes: tuple[str, ...]
+    up: str | None = None
+    down: str | None = None
     gate: str | None = None
+    qk_norm: tuple[str, str] | None = None
     join: str = "."
     transposed: bool = False
     rotary: bool = False
+    fixed_heads: bool = False
 
     def layers(self, names: Iterable[str]) -> list[str]:
         """``encoder.layer.0.``, ``encoder.layer.1.``, … with their prefixes, in order."""
@@ -55,7 +60,53 @@ class Family:
         )
         return [f"{prefix}{self.layer.format(number)}." for prefix, number in found]
 
+    def weights(self) -> Iterator[str]:
+        """The weights that each layer must have, relative to it."""
+        for name in (self.q, self.k, self.v):
+            yield f"{name}{self.join}weight"
+        for name in (self.o, self.up, self.down, self.gate, *(self.qk_norm or ())):
+            if name is not None:
+                yield f"{name}.weight"
 
+
+def _t5(name: str, up: str, gate: str | None = None) -> tuple[Family, ...]:
+    """Encoder layers; decoder layers' self-attention; their cross-attention with the MLP."""
+
+    def row(part: str, layer: str, attention: str, mlp: str | None) -> Family:
+        q, k, v, o = (f"{attention}.{letter}" for letter in "qkvo")
+        inner = None if mlp is None else f"{mlp}.DenseReluDense"
+        return Family(
+            name=f"{name}-{part}",
+            layer=layer,
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            up=inner and f"{inner}.{up}",
+            down=inner and f"{inner}.wo",
+            gate=inner and gate and f"{inner}.{gate}",
+            classes=("T5Attention",),
+            fixed_heads=True,
+        )
+
+    return (
+        row("encoder", "encoder.block.{}", "layer.0.SelfAttention", "layer.1"),
+        row("decoder", "decoder.block.{}", "layer.0.SelfAttention", None),
+        row("cross", "decoder.block.{}", "layer.1.EncDecAttention", "layer.2"),
+    )
+
+
+_LLAMA: Any = {
+    "layer": "layers.{}",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "rotary": True,
+}
 _BERTS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
 
 FAMILIES: tuple[Family, ...] = (
@@ -126,6 +177,31 @@ FAMILIES: tuple[Family, ...] = (
         classes=("MultiheadAttention",),
         join="_",
     ),
+    Family(
+        name="gpt2",
+        layer="h.{}",
+        q="attn.c_attn",
+        k="attn.c_attn",
+        v="attn.c_attn",
+        o="attn.c_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        classes=("GPT2Attention",),
+        transposed=True,
+    ),
+    *_t5("t5", up="wi"),
+    *_t5("t5-gated", up="wi_1", gate="wi_0"),
+    Family(
+        name="qwen3",
+        **_LLAMA,
+        qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
+        classes=("Qwen3Attention", "Gemma3Attention"),
+    ),
+    Family(
+        name="llama",
+        **_LLAMA,
+        classes=("LlamaAttention", "MistralAttention", "Qwen2Attention", "Gemma2Attention"),
+    ),
 )
 
 
@@ -137,36 +213,40 @@ def find(model: nn.Module) -> Anatomy:
             not one that was checked.
     """
     state = model.state_dict()
-    matches = [(family, layer) for family in FAMILIES for layer in family.layers(state)]
-    if not matches:
+    candidates = [(family, layer) for family in FAMILIES for layer in family.layers(state)]
+    if not candidates:
         looked = "; ".join(f"{f.name}: {f.layer}.{f.q}{f.join}weight" for f in FAMILIES)
         raise UsageError(
             f"unknown architecture {type(model).__name__}: no tensor named like ({looked}); "
             "add a row to benchmark/anatomy/families.py"
         )
-    blocks = [_read(model, state, family, layer) for family, layer in matches]
+    # The first row with all of its weights speaks for an attention layer: qwen3 before llama.
+    rows: dict[str, tuple[Family, str]] = {}
+    for family, layer in candidates:
+        if all(layer + weight in state for weight in family.weights()):
+            rows.setdefault(layer + family.q, (family, layer))
+    for family, layer in candidates:
+        if layer + family.q not in rows:
+            lacking = next(layer + w for w in family.weights() if layer + w not in state)
+            raise UsageError(
+                f"{type(model).__name__} looks like the family {family.name!r} but has no tensor "
+                f"{lacking!r} (another kind of block, such as a gated MLP, is not supported yet)"
+            )
+    blocks = [_read(model, state, family, layer) for family, layer in rows.values()]
     return Anatomy(
-        family="+".join(dict.fromkeys(family.name for family, _ in matches)),
+        family="+".join(dict.fromkeys(family.name for family, _ in rows.values())),
         attention=tuple(attention for attention, _ in blocks),
-        mlp=tuple(mlp for _, mlp in blocks),
+        mlp=tuple(mlp for _, mlp in blocks if mlp is not None),
     )
 
 
 def _read(
     model: nn.Module, state: Mapping[str, Tensor], family: Family, layer: str
-) -> tuple[AttentionBlock, MLPBlock]:
+) -> tuple[AttentionBlock, MLPBlock | None]:
     attention = _attention(model, family, layer)
-    heads = _heads(attention)
-    kv_heads = int(getattr(attention, "num_key_value_heads", heads))
 
     def linear(name: str, join: str = ".", part: int | None = None) -> Linear:
-        weight = f"{layer}{name}{join}weight"
-        if weight not in state:
-            raise UsageError(
-                f"{type(model).__name__} looks like the family {family.name!r} but has no tensor "
-                f"{weight!r} (another kind of block, such as a gated MLP, is not supported yet)"
-            )
-        bias = f"{layer}{name}{join}bias"
+        weight, bias = (f"{layer}{name}{join}{kind}" for kind in ("weight", "bias"))
         return Linear(
             _slot(state[weight], weight, part, family.transposed),
             _slot(state[bias], bias, part) if bias in state else None,
@@ -177,25 +257,34 @@ def _read(
         linear(name, family.join, part if fused else None)
         for part, name in enumerate((family.q, family.k, family.v))
     )
-    rows = len(k.weight.read(state))
-    if rows % kv_heads:
-        raise UsageError(f"{layer}: {rows} key rows do not divide into {kv_heads} heads")
+    rows, kv_rows = (len(side.weight.read(state)) for side in (q, k))
+    size = _head_dim(attention, rows)
+    if rows % kv_rows or kv_rows % size:
+        raise UsageError(f"{layer}: {rows} query and {kv_rows} key rows are not whole heads")
     block = AttentionBlock(
         q=q,
         k=k,
         v=v,
         o=linear(family.o),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=rows // kv_heads,
+        heads=rows // size,
+        kv_heads=kv_rows // size,
+        head_dim=size,
         rotary=family.rotary,
+        fixed_heads=family.fixed_heads,
+        qk_norm=None
+        if family.qk_norm is None
+        else (
+            Slot(f"{layer}{family.qk_norm[0]}.weight"),
+            Slot(f"{layer}{family.qk_norm[1]}.weight"),
+        ),
     )
-    gate = linear(family.gate) if family.gate else None
+    if family.up is None or family.down is None:
+        return block, None
     mlp = MLPBlock(
         up=linear(family.up),
         down=linear(family.down),
-        gate=gate,
-        activation=_activation(attention, model.get_submodule(layer.rstrip("."))),
+        gate=linear(family.gate) if family.gate else None,
+        activation=_activation(model, attention, model.get_submodule(layer.rstrip("."))),
     )
     return block, mlp
 
@@ -222,18 +311,32 @@ def _attention(model: nn.Module, family: Family, layer: str) -> nn.Module:
     return owner
 
 
-def _heads(attention: nn.Module) -> int:
+def _head_dim(attention: nn.Module, rows: int) -> int:
+    """Rows per head.
+
+    Raises:
+        UsageError: the module says neither that nor how many heads it has, or rotates only a part.
+    """
+    rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
+    if isinstance(rope, Mapping) and rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UsageError(
+            f"{type(attention).__name__} rotates only a part of each head, which is not supported"
+        )
+    if isinstance(size := getattr(attention, "head_dim", None), int):
+        return size
     for name in ("num_attention_heads", "num_heads", "n_heads"):
         if isinstance(heads := getattr(attention, name, None), int):
-            return heads
+            return rows // heads
     raise UsageError(f"{type(attention).__name__} does not say how many heads it has")
 
 
-def _activation(attention: nn.Module, layer: nn.Module) -> str:
-    """The name in the model's configuration; open_clip has none, but a class for QuickGELU."""
-    config = getattr(attention, "config", None)
-    for name in ("hidden_act", "activation"):
-        if isinstance(activation := getattr(config, name, None), str):
-            return activation
+def _activation(model: nn.Module, attention: nn.Module, layer: nn.Module) -> str:
+    """The name in the configuration; open_clip has none, but a class for QuickGELU."""
+    for config in (getattr(attention, "config", None), getattr(model, "config", None)):
+        for name in (
+            "hidden_act", "hidden_activation", "activation", "activation_function", "dense_act_fn",
+        ):  # fmt: skip
+            if isinstance(activation := getattr(config, name, None), str):
+                return activation
     quick = any(type(module).__name__ == "QuickGELU" for module in layer.modules())
     return "quick_gelu" if quick else "gelu"

@@ -79,6 +79,11 @@ def within(block: AttentionBlock, a: Tensor) -> Tensor:
     else:
         lower, upper = (a.diagonal(offset, 1, 2) for offset in (-half, half))
         y = (lower - upper) / 2
+    return rotary_matrix(x, y)
+
+
+def rotary_matrix(x: Tensor, y: Tensor) -> Tensor:
+    """Multiplication of every pair (i, i + dh/2) by x + iy: (heads, dh/2) → (heads, dh, dh)."""
     same, cross = torch.diag_embed(x), torch.diag_embed(y)
     return torch.cat([torch.cat([same, -cross], 2), torch.cat([cross, same], 2)], 1)
 
