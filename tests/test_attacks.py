@@ -96,12 +96,12 @@ def test_gauge_align_brings_the_expert_back(name: str, kind: str) -> None:
     base, expert, _, anatomy = setting(name)
     released = lock(expert, anatomy, kind, heads=True)
     assert distance(released, expert, base, expert) > 100
-    assert zoo.drift(model, expert, released, inputs) <= TOLERANCE
+    # T5 does not divide its logits by √dh: rounding an ill-conditioned lock costs it more.
+    bound = 3 * TOLERANCE if name == "t5" else TOLERANCE
+    assert zoo.drift(model, expert, released, inputs) <= bound
 
     recovered = recover(GaugeAlign(), released, name)
     assert distance(recovered, expert, base, expert) < ALIGNED
-    # T5 does not divide its logits by √dh: rounding an ill-conditioned lock costs it more.
-    bound = 3 * TOLERANCE if name == "t5" else TOLERANCE
     assert zoo.drift(model, released, recovered, inputs) <= bound
     # The lock leaves no trace: an undefended expert ends at the same point.
     undefended = recover(GaugeAlign(), expert, name)
