@@ -45,13 +45,8 @@ class FinetuneRecovery(Attack):
 
     def refine(self, merged: State, knowledge: Knowledge, rng: torch.Generator) -> State:
         knowledge.require(self.access, "fine-tune recovery")
-        usual = knowledge.recipe
-        recipe = dataclasses.replace(
-            usual,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate or usual.learning_rate,
-            warmup=min(usual.warmup, self.steps // 4),
-        )
+        recipe = knowledge.recipe.shortened(self.steps, self.batch_size)
+        if self.learning_rate is not None:
+            recipe = dataclasses.replace(recipe, learning_rate=self.learning_rate)
         examples = knowledge.labeled(self.per_class, rng)
         return knowledge.fine_tune(merged, examples, rng, recipe=recipe)

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 
 import torch
 
+from benchmark.anatomy import Anatomy
 from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Defense, Knowledge, Members, Victim
+from benchmark.contracts import Access, Attack, Card, Defense, Knowledge, Members, Merger, Victim
 from benchmark.errors import UsageError
 
 
@@ -63,6 +64,11 @@ class AttackChain(Attack):
             seen = _seen_by(part, knowledge, members)
             members = part.members(members.released, seen, rng)
         return members
+
+    def merging(self, merger: Merger, anatomy: Anatomy) -> Merger:
+        for part in self.parts:
+            merger = part.merging(merger, anatomy)
+        return merger
 
     def refine(self, merged: State, knowledge: Knowledge, rng: torch.Generator) -> State:
         for part in self.parts:

@@ -7,11 +7,10 @@ the base in its shape and dtype.
 
 from __future__ import annotations
 
-import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,24 +18,27 @@ from torch import Tensor
 from benchmark.assets import Asset
 from benchmark.checkpoint import Forward, State
 from benchmark.data import Split, Task
-from benchmark.errors import AccessError
+from benchmark.knowledge import Access, Budget, FineTune, Knowledge
 
 if TYPE_CHECKING:
     from benchmark.anatomy import Anatomy
     from benchmark.training import Loss, Recipe
 
-
-class Access(enum.IntEnum):
-    """What the free-rider holds, each tier with all of the one below."""
-
-    WEIGHTS = 0
-    UNLABELED = 1
-    LABELED = 2
-
-    @property
-    def label(self) -> Literal["weights", "unlabeled", "labeled"]:
-        """The name in commands and records."""
-        return cast(Literal["weights", "unlabeled", "labeled"], self.name.lower())
+__all__ = [
+    "Access",
+    "Attack",
+    "Budget",
+    "Card",
+    "Defense",
+    "FineTune",
+    "Knowledge",
+    "Members",
+    "Merger",
+    "Setting",
+    "Testbed",
+    "Victim",
+    "WrappedMerger",
+]
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,8 @@ class Card:
     notes: str = ""
 
 
-class FineTune(Protocol):
-    """Fine-tune ``start`` on ``examples`` per task, under the testbed's recipe."""
-
-    def __call__(
-        self,
-        start: State,
-        examples: Mapping[str, Split],
-        rng: torch.Generator,
-        *,
-        recipe: Recipe | None = None,
-        loss: Loss | None = None,
-    ) -> State: ...
+def _unheard(key: str, value: object) -> None:
+    """Where nobody keeps what a defense reports."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +78,8 @@ class Victim:
     ``fine_tune`` runs the testbed's recipe; ``initialise`` draws an independent random State of the
     same architecture; ``features`` is the forward pass (state, inputs) → (n, d); ``module`` is the
     architecture it runs, without weights, whose modules :mod:`benchmark.anatomy.taps` can watch.
+    ``note(key, value)`` reports what a defense found out on its way (a search, a constant it
+    chose): a JSON value under ``"method.what"``, kept with the release, written into its cells.
     """
 
     base: State
@@ -97,6 +91,19 @@ class Victim:
     initialise: Callable[[torch.Generator], State]
     features: Forward
     module: torch.nn.Module
+    note: Callable[[str, object], None] = _unheard
+
+    def accuracy(self, state: State, split: Split, batch_size: int = 512) -> float:
+        """The share of ``split`` that ``state`` classifies correctly (0 if its logits are NaN)."""
+        right = 0
+        with torch.inference_mode():
+            for start in range(0, len(split), batch_size):
+                batch = split[start : start + batch_size]
+                logits = self.features(state, batch.inputs) @ self.task.head.T
+                # argmax takes NaN for the largest.
+                hits = (logits.argmax(1) == batch.labels) & logits.isfinite().all(1)
+                right += int(hits.sum())
+        return right / len(split)
 
     def train(
         self,
@@ -112,9 +119,13 @@ class Victim:
 
 
 class Defense(ABC):
-    """Turns an expert into the checkpoint its owner releases."""
+    """Turns an expert into the checkpoint its owner releases.
+
+    ``expected_failed_checks``: checks of :mod:`benchmark.conformance` it may fail, each with why.
+    """
 
     card: ClassVar[Card]
+    expected_failed_checks: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
@@ -133,102 +144,6 @@ class Defense(ABC):
     def changes_modules(self) -> bool:
         """Whether users run another model than mergers see."""
         return type(self).shipped is not Defense.shipped
-
-
-@dataclass
-class Budget:
-    """What an attack used beyond weights: distinct examples, optimisation steps, model FLOPs."""
-
-    examples: int = 0
-    steps: int = 0
-    flops: float = 0.0
-
-
-class Knowledge:
-    """What the free-rider knows. Reaching past ``access`` raises: the threat model is code.
-
-    ``partners`` are the free-rider's own experts, in the order they are merged after the victim.
-    """
-
-    def __init__(
-        self,
-        access: Access,
-        base: State,
-        partners: Sequence[State],
-        anatomy: Anatomy,
-        *,
-        tasks: Mapping[str, Task] | None = None,
-        recipe: Recipe | None = None,
-        fine_tune: FineTune | None = None,
-        features: Forward | None = None,
-        flops_per_example: float = 0.0,
-    ) -> None:
-        self.access = access
-        self.base = base
-        self.partners = tuple(partners)
-        self.anatomy = anatomy
-        self.budget = Budget()
-        self._tasks = dict(tasks or {})
-        self._recipe = recipe
-        self._fine_tune = fine_tune
-        self._features = features
-        self._flops = flops_per_example
-
-    def require(self, tier: Access, what: str) -> None:
-        """Raise AccessError unless ``tier`` was granted."""
-        if self.access < tier:
-            raise AccessError(
-                f"{what} needs access {tier.label!r}; only {self.access.label!r} given"
-            )
-
-    def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Forward pass of a State on inputs the attacker holds: (n, d) unit vectors."""
-        self.require(Access.UNLABELED, "running the model on data")
-        assert self._features is not None
-        self.budget.flops += self._flops * len(next(iter(inputs.values())))
-        return self._features(state, inputs)
-
-    def unlabeled(self, per_task: int, rng: torch.Generator) -> dict[str, dict[str, Tensor]]:
-        """Up to ``per_task`` training inputs of each task, without their labels."""
-        self.require(Access.UNLABELED, "unlabelled inputs")
-        out = {}
-        for name, task in self._tasks.items():
-            rows = torch.randperm(len(task.train), generator=rng)[:per_task]
-            self.budget.examples += len(rows)
-            out[name] = task.train[rows.to(task.train.labels.device)].inputs
-        return out
-
-    def labeled(self, per_class: int, rng: torch.Generator) -> dict[str, Split]:
-        """``per_class`` labelled training examples of each class of each task."""
-        self.require(Access.LABELED, "labelled examples")
-        out = {name: task.train.few_shot(per_class, rng) for name, task in self._tasks.items()}
-        self.budget.examples += sum(len(split) for split in out.values())
-        return out
-
-    @property
-    def recipe(self) -> Recipe:
-        """The testbed's fine-tuning recipe (public: it is how the field trains)."""
-        assert self._recipe is not None
-        return self._recipe
-
-    def fine_tune(
-        self,
-        start: State,
-        examples: Mapping[str, Split],
-        rng: torch.Generator,
-        *,
-        recipe: Recipe | None = None,
-        loss: Loss | None = None,
-    ) -> State:
-        """Fine-tune on labelled examples; the steps are charged to the budget."""
-        self.require(Access.LABELED, "fine-tuning on labels")
-        assert self._fine_tune is not None
-        used = recipe or self.recipe
-        self.budget.steps += used.steps
-        self.budget.flops += (
-            3 * self._flops * used.steps * used.batch_size
-        )  # backward = 2 × forward
-        return self._fine_tune(start, examples, rng, recipe=recipe, loss=loss)
 
 
 class Members(NamedTuple):
@@ -253,6 +168,10 @@ class Attack(ABC):
         """All members of the merge. Override when base and partners must change too."""
         recovered = self.recover(released, knowledge, rng)
         return Members(knowledge.base, recovered, knowledge.partners)
+
+    def merging(self, merger: Merger, anatomy: Anatomy) -> Merger:
+        """The merger as this attack uses it: itself, or a :class:`WrappedMerger`."""
+        return merger
 
     def refine(self, merged: State, knowledge: Knowledge, rng: torch.Generator) -> State:
         """The merged State after the merge; the identity unless overridden."""
@@ -323,6 +242,57 @@ class Merger(ABC):
             return self.merge(base, experts, setting, knowledge, torch.Generator().set_state(start))
 
         return merged
+
+
+class WrappedMerger(Merger):
+    """A merger that an attack uses in its own way. Override what differs from ``inner``."""
+
+    def __init__(self, inner: Merger, attack: Attack) -> None:
+        self.inner = inner
+        self.attack = attack
+
+    @property
+    def parts(self) -> tuple[Attack, Merger]:
+        """What its results depend on."""
+        return self.attack, self.inner
+
+    @property
+    def card(self) -> Card:  # type: ignore[override]
+        return self.inner.card
+
+    @property
+    def access(self) -> Access:  # type: ignore[override]
+        return self.inner.access
+
+    @property
+    def task_aware(self) -> bool:  # type: ignore[override]
+        return self.inner.task_aware
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.inner.stochastic
+
+    def search_space(self, members: int) -> list[Setting]:
+        return self.inner.search_space(members)
+
+    def merge(
+        self,
+        base: State,
+        experts: Sequence[State],
+        setting: Setting,
+        knowledge: Knowledge | None,
+        rng: torch.Generator,
+    ) -> State:
+        return self.prepare(base, experts, knowledge, rng)(setting)
+
+    def prepare(
+        self,
+        base: State,
+        experts: Sequence[State],
+        knowledge: Knowledge | None,
+        rng: torch.Generator,
+    ) -> Callable[[Setting], State]:
+        return self.inner.prepare(base, experts, knowledge, rng)
 
 
 class Testbed(ABC):

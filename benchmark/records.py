@@ -53,10 +53,11 @@ class Cell(BaseModel):
     nothing was defended). ``fixed``: accuracy on the victim's task at the papers' coefficients.
     ``utility`` and ``standalone``: accuracy of the release, and of the recovered model, used alone.
     ``logit_gap``, ``recovered_gap``: max relative |Δlogit| of release against expert, and of the
-    recovered model against the release. ``qk_gauge``: the group to which the architecture confines a
-    lock on Q and K: general, rotary or sign. ``bf16_gap`` and ``bf16_gap_expert``: what storing release
-    and expert in bfloat16 costs, likewise. ``correct``: per-example test outcomes of the chosen
-    models, as hex, from which intervals are recomputed.
+    recovered model against the release. ``qk_gauge``: the group to which the architecture confines
+    a lock on Q and K: general, rotary or sign. ``bf16_gap`` and ``bf16_gap_expert``: what storing
+    release and expert in bfloat16 costs, likewise. ``correct``: per-example test outcomes of the
+    chosen models, as hex, from which intervals are recomputed. ``notes``: what the defense reported
+    of its making, such as a search for its weight.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -103,3 +104,4 @@ class Cell(BaseModel):
     seconds: Seconds = Field(default_factory=Seconds)
     budget: Spent = Field(default_factory=Spent)
     flags: list[str] = Field(default_factory=list)
+    notes: dict[str, object] = Field(default_factory=dict)

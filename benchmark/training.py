@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from benchmark.adapters import Adapters, Lora
 from benchmark.checkpoint import State
 from benchmark.data import Split, Task
+from benchmark.snapshots import Snapshots, interruptible
 
 if TYPE_CHECKING:
     from benchmark.contracts import Testbed
 
+#: The logits (n, classes) of any State on the current batch.
+Logits = Callable[[State], Tensor]
+
 #: (logits of any State on the current batch, trained State, labels, generator) → scalar loss.
-Loss = Callable[[Callable[[State], Tensor], State, Tensor, torch.Generator], Tensor]
+#: Whatever it remembers between steps is lost when training resumes: draw from the generator only.
+Loss = Callable[[Logits, State, Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW with linear warm-up and linear decay to zero.
+    """AdamW with linear warm-up, then linear or cosine decay to zero.
 
     ``frozen``: name prefixes of tensors that are not trained. ``clip``: gradient norm, or None.
+    ``lora``: train adapters on the attention blocks instead of the tensors themselves.
     """
 
     steps: int = 80
@@ -34,17 +43,26 @@ class Recipe:
     weight_decay: float = 0.0
     clip: float | None = 1.0
     frozen: tuple[str, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    schedule: Literal["linear", "cosine"] = "linear"
+    lora: Lora | None = None
 
     def rate(self, step: int) -> float:
         """The factor on the learning rate before step ``step`` (from 0): up, then down to zero."""
         up = (step + 1) / (self.warmup + 1)
         down = (self.steps - step) / max(self.steps - self.warmup, 1)
+        if self.schedule == "cosine":
+            down = 0.5 - 0.5 * math.cos(math.pi * max(0.0, min(down, 1.0)))
         return max(0.0, min(up, down, 1.0))
 
+    def shortened(self, steps: int, batch_size: int) -> Recipe:
+        """The same for ``steps`` on few examples; at most a quarter of them is warm-up."""
+        warmup = min(self.warmup, steps // 4)
+        return replace(self, steps=steps, batch_size=batch_size, warmup=warmup)
 
-def cross_entropy(
-    logits: Callable[[State], Tensor], state: State, labels: Tensor, rng: torch.Generator
-) -> Tensor:
+
+def cross_entropy(logits: Logits, state: State, labels: Tensor, rng: torch.Generator) -> Tensor:
     """The plain loss."""
     return torch.nn.functional.cross_entropy(logits(state), labels)
 
@@ -59,35 +77,46 @@ def fine_tune(
     recipe: Recipe | None = None,
     loss: Loss | None = None,
     progress: Callable[[int, int], None] | None = None,
+    resume: Path | None = None,
 ) -> State:
     """Train ``start`` on ``examples`` (task name → examples; tasks alternate batch by batch).
 
     Deterministic under ``rng`` on one machine. The forward pass has no dropout. ``tasks`` supplies
     the frozen heads; ``progress(step, steps)`` is called after every step. Tensors that are not
     trained are shared with ``start``, which is never written to.
+
+    ``resume``: a file for this one training, kept up to date by
+    :class:`benchmark.snapshots.Snapshots`. A killed training that is called again with the same
+    file and arguments continues and gives the same bits; once finished it is not repeated. The
+    caller deletes the file.
     """
     recipe = recipe or testbed.recipe
     loss = loss or cross_entropy
     device = next(iter(start.values())).device
-    leaves = {
-        key: value.detach().clone().requires_grad_()
-        for key, value in start.items()
-        if value.is_floating_point() and not key.startswith(recipe.frozen)
-    }
+    snapshots = Snapshots(resume, (testbed, recipe, loss), start, examples, rng)
+    trained: _Trained = (
+        _Tensors(start, recipe.frozen)
+        if recipe.lora is None
+        else Adapters(start, testbed.anatomy(), recipe.lora, recipe.frozen, rng)
+    )
+    parameters = trained.parameters
     optimizer = torch.optim.AdamW(
-        leaves.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        parameters.values(),
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
     streams = [
-        (tasks[name], _batches(split.to(device), recipe.batch_size, rng))
+        (tasks[name], _Batches(split.to(device), recipe.batch_size, rng))
         for name, split in sorted(examples.items())
     ]
     heads = {task.name: task.head.to(device) for task, _ in streams}
-    trained: State = {**start, **leaves}
 
     def advance(step: int) -> None:
         task, stream = streams[step % len(streams)]
-        batch = next(stream)
+        batch = stream.draw()
 
         def logits(state: State, task: Task = task, batch: Split = batch) -> Tensor:
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
@@ -96,18 +125,46 @@ def fine_tune(
 
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss(logits, trained, batch.labels, rng).backward()
+            loss(logits, trained.state(), batch.labels, rng).backward()
         if recipe.clip is not None:
-            torch.nn.utils.clip_grad_norm_(leaves.values(), recipe.clip)
+            torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
         optimizer.step()
         schedule.step()
 
-    with at_most(testbed.threads):
-        for step in range(recipe.steps):
-            advance(step)
+    done = snapshots.restore(parameters, optimizer, schedule, [stream for _, stream in streams])
+    with at_most(testbed.threads), interruptible(snapshots) as check:
+        for step in range(done, recipe.steps):
+            with snapshots.step(step, recipe.steps):
+                advance(step)
             if progress is not None:
                 progress(step + 1, recipe.steps)
-    return {**start, **{key: value.detach() for key, value in leaves.items()}}
+            check()
+    with torch.no_grad():
+        return {k: v if v is start[k] else v.detach() for k, v in trained.state().items()}
+
+
+class _Trained(Protocol):
+    """What the optimizer moves, and the State it makes."""
+
+    @property
+    def parameters(self) -> dict[str, Tensor]: ...
+
+    def state(self) -> State: ...
+
+
+class _Tensors:
+    """Every floating-point tensor of ``start`` whose name has no ``frozen`` prefix."""
+
+    def __init__(self, start: State, frozen: tuple[str, ...]) -> None:
+        self.parameters = {
+            key: value.detach().clone().requires_grad_()
+            for key, value in start.items()
+            if value.is_floating_point() and not key.startswith(frozen)
+        }
+        self._state: State = {**start, **self.parameters}
+
+    def state(self) -> State:
+        return self._state
 
 
 @contextmanager
@@ -121,10 +178,19 @@ def at_most(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _batches(split: Split, size: int, rng: torch.Generator) -> Iterator[Split]:
+class _Batches:
     """Endless batches, reshuffled every epoch; a split smaller than ``size`` is one batch."""
-    while True:
-        order = torch.randperm(len(split), generator=rng).to(split.labels.device)
+
+    def __init__(self, split: Split, size: int, rng: torch.Generator) -> None:
+        self._split, self._size, self._rng = split, size, rng
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.position = 0
+
+    def draw(self) -> Split:
         # The short last batch is dropped: its rows come up again in the next epoch.
-        for start in range(0, max(len(split) - size, 0) + 1, size):
-            yield split[order[start : start + size]]
+        if not len(self.order) or self.position > max(len(self.order) - self._size, 0):
+            self.order = torch.randperm(len(self._split), generator=self._rng)
+            self.position = 0
+        rows = self.order[self.position : self.position + self._size]
+        self.position += self._size
+        return self._split[rows.to(self._split.labels.device)]

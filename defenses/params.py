@@ -1,60 +1,27 @@
 """PaRaMS: parameter rearrangement and random multi-head scaling (arXiv 2503.07661, ICCV 2025).
 
-Post-hoc, without data. θ0 is the public base, θ the expert.
-
-Rearrangement, per MLP block (one linear assignment problem each)::
-
-    C[i, j] = ⟨W1_0[i], W1[j]⟩ + b1_0[i]·b1[j] + ⟨W2_0[:, i], W2[:, j]⟩
-    π = argmin_π Σ_i C[i, π(i)]          W1 → W1[π], b1 → b1[π], W2 → W2[:, π]
-
-Scaling, per head: Q → A·Q, K → A^-T·K, V → B·V, O → O·B^-1, biases too, with
-
-* ``diagonal`` (the paper; the default here): A = diag(α), a factor per dimension, α ~ U(0.05, 20);
-* ``symmetric``: A = U·diag(s)·Uᵀ, U orthogonal, s log-uniform on [0.05, 20];
-* ``nonsymmetric``: A = (G + ε·I)·diag(s), G Gaussian, ε = 1e-3, s log-uniform on [0.1, 15].
-
-Today's official code defaults to ``nonsymmetric`` and reuses A for B (``tied``); the paper draws
-them independently. Grouped-query attention gets one A and one B per KV group. On rotary models and
-under QK-norm, A is cut down to the architecture's gauge group (:func:`benchmark.anatomy.within`).
+Post-hoc, without data. The formulas of both operations: :mod:`defenses.rearrangement`, which
+`params-d` shares.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from benchmark.anatomy import AttentionBlock, MLPBlock, apply_qk, apply_vo, permute_units, within
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Defense, Victim
-from defenses import draws
-
-Sampling = Literal["uniform", "log_uniform", "beta"]
+from defenses.rearrangement import Rearrangement
 
 
 @dataclass(frozen=True)
-class PaRaMS(Defense):
+class PaRaMS(Rearrangement, Defense):
     """Permute hidden units away from the base, scale heads.
 
-    Attributes:
-        perm: ``lap_max`` (greatest distance to the base), ``random``, or ``identity`` (none).
-        scaling: which matrices A and B are drawn (see the module), or ``none``.
-        sampling: law of the factors; None: ``uniform`` for diagonal, else ``log_uniform``.
-            ``beta`` is low + (high − low)·Beta(½, ½).
-        low: least factor; None: 0.05 (0.1 for nonsymmetric).
-        high: greatest factor; None: 20 (15 for nonsymmetric).
-        tied: B = A, as in the official code today.
+    Attributes: those of :class:`defenses.rearrangement.Rearrangement`.
     """
-
-    perm: Literal["lap_max", "random", "identity"] = "lap_max"
-    scaling: Literal["diagonal", "symmetric", "nonsymmetric", "none"] = "diagonal"
-    sampling: Sampling | None = None
-    low: float | None = None
-    high: float | None = None
-    tied: bool = False
 
     card: ClassVar[Card] = Card(
         summary="Permutes MLP units away from the base and scales attention heads",
@@ -68,58 +35,6 @@ class PaRaMS(Defense):
         notes="tied=true, scaling=nonsymmetric is what the official code runs today",
     )
 
-    def __post_init__(self) -> None:
-        low, high = self.range
-        if not 0 < low < high < math.inf:
-            raise ValueError(f"need 0 < low < high, got low={low}, high={high}")
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Least and greatest factor, the variant's own where not given."""
-        low, high = (0.1, 15.0) if self.scaling == "nonsymmetric" else (0.05, 20.0)
-        return (low if self.low is None else self.low, high if self.high is None else self.high)
-
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
         """The released State."""
-        state = dict(victim.expert)
-        if self.perm != "identity":
-            for mlp in victim.anatomy.mlp:
-                permute_units(state, mlp, self._permutation(victim, mlp, rng))
-        if self.scaling != "none":
-            for block in victim.anatomy.attention:
-                device = state[block.q.weight.key].device
-                a = self._matrices(block, rng).to(device)
-                b = a if self.tied else self._matrices(block, rng).to(device)
-                apply_qk(state, block, within(block, a))
-                apply_vo(state, block, b)
-        return state
-
-    def _permutation(self, victim: Victim, block: MLPBlock, rng: torch.Generator) -> Tensor:
-        if self.perm == "random":
-            return torch.randperm(block.width(victim.expert), generator=rng)
-        from scipy.optimize import linear_sum_assignment
-
-        cost = block.read_units(victim.base) @ block.read_units(victim.expert).T
-        return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])
-
-    def _matrices(self, block: AttentionBlock, rng: torch.Generator) -> Tensor:
-        """One matrix per KV group: (kv_heads, dh, dh)."""
-        heads, size = block.kv_heads, block.head_dim
-        factors = self._factors((heads, size), rng)
-        if self.scaling == "diagonal":
-            return torch.diag_embed(factors)
-        if self.scaling == "symmetric":
-            u = draws.orthogonal(heads, size, rng)
-            return u * factors[:, None, :] @ u.mT
-        mixed = draws.gaussian((heads, size, size), rng) + 1e-3 * torch.eye(size)
-        return mixed * factors[:, None, :]
-
-    def _factors(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-        low, high = self.range
-        law = self.sampling or ("uniform" if self.scaling == "diagonal" else "log_uniform")
-        if law == "log_uniform":
-            return draws.log_uniform(shape, low, high, rng)
-        share = draws.uniform(shape, rng)
-        if law == "beta":
-            share = torch.sin(0.5 * math.pi * share).square()  # the arcsine law is Beta(½, ½)
-        return low + (high - low) * share
+        return self.rearranged(victim, rng)

@@ -154,8 +154,8 @@ def test_cards_are_complete(name: str) -> None:
     assert card.summary
     if card.role == "method" and "/" not in name:
         assert card.paper
-        assert card.authors
         assert card.arxiv
+        assert card.architectures
 
 
 # PaRaMS

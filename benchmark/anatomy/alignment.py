@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmark.anatomy.blocks import AttentionBlock, MLPBlock
 from benchmark.anatomy.gauge import rotary_matrix, within
+from benchmark.checkpoint import State
 
 Cost = Literal["inner", "cosine"]
 
@@ -46,8 +47,8 @@ def match_units(
     own, reference = units(state), units(anchor)
     similarity = reference @ own.T
     # A constant per column changes no assignment's rank, and turns the greatest entry of a row from
-    # the longest neighbour into the nearest one, which is mostly the answer already (_assign).
-    return _assign(similarity - own.square().sum(1) / 2)
+    # the longest neighbour into the nearest one, which is mostly the answer already (assign).
+    return assign(similarity - own.square().sum(1) / 2)
 
 
 def match_heads(
@@ -64,7 +65,7 @@ def match_heads(
     queries, keys, values, outputs = (
         (side(block, state), side(block, anchor)) for side in (_queries, _keys, _values, _outputs)
     )
-    return _assign(_product_cosine(queries, keys) + _product_cosine(values, outputs))
+    return assign(_product_cosine(queries, keys) + _product_cosine(values, outputs))
 
 
 def qk_gauge(
@@ -74,18 +75,13 @@ def qk_gauge(
 
     In the block's own gauge group: general, rotary or sign (:func:`benchmark.anatomy.within`).
     """
-    sides = (
-        _flat(_queries(block, state)),
-        _flat(_queries(block, anchor)),
-        _flat(_keys(block, state)),
-        _flat(_keys(block, anchor)),
-    )
+    x, y = head_sides(block, state, "qk")
+    x0, y0 = head_sides(block, anchor, "qk")
     if block.qk_gauge == "general":
-        return tied_gauge(*sides)
+        return tied_gauge(x, x0, y, y0)
     if block.qk_gauge == "rotary":
-        return rotary_gauge(*sides)
+        return rotary_gauge(x, x0, y, y0)
     # A sign per dimension or per pair: that of the inner products with the anchor.
-    x, x0, y, y0 = sides
     return within(block, torch.diag_embed((x * x0).sum(2) + (y * y0).sum(2)))
 
 
@@ -93,12 +89,36 @@ def vo_gauge(
     block: AttentionBlock, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
 ) -> Tensor:
     """The B for ``apply_vo`` that brings V and O nearest to the anchor's: (kv_heads, dh, dh)."""
-    return tied_gauge(
-        _flat(_values(block, state)),
-        _flat(_values(block, anchor)),
-        _flat(_outputs(block, state)),
-        _flat(_outputs(block, anchor)),
-    )
+    x, y = head_sides(block, state, "vo")
+    x0, y0 = head_sides(block, anchor, "vo")
+    return tied_gauge(x, x0, y, y0)
+
+
+def head_sides(
+    block: AttentionBlock, state: Mapping[str, Tensor], part: Literal["qk", "vo"]
+) -> tuple[Tensor, Tensor]:
+    """The two sides of what a head's gauge cancels in: (kv_heads, dh, m) and (kv_heads, dh, n).
+
+    ``qk``: the group's query rows with biases, and its key rows (biases too unless those are free);
+    ``vo``: value rows with biases, and the group's output columns. XᵀY is the invariant.
+    """
+    if part == "qk":
+        return _flat(_queries(block, state)), _flat(_keys(block, state))
+    return _flat(_values(block, state)), _flat(_outputs(block, state))
+
+
+def write_sides(
+    state: State, block: AttentionBlock, part: Literal["qk", "vo"], x: Tensor, y: Tensor
+) -> None:
+    """The inverse of :func:`head_sides`; edits ``state``, a shallow copy. A free key bias stays."""
+    first = x.unflatten(2, (block.group if part == "qk" else 1, -1)).transpose(1, 2).flatten(1, 2)
+    block.write(state, "q" if part == "qk" else "v", first)
+    if part == "vo":
+        block.write_o(state, y.unflatten(2, (block.group, -1)).transpose(1, 2).mT)
+    elif block.free_key_bias:
+        block.write(state, "k", torch.cat([y, block.read(state, "k")[..., -1:]], 2))
+    else:
+        block.write(state, "k", y)
 
 
 def tied_gauge(
@@ -200,7 +220,7 @@ def rotary_gauge(first: Tensor, first0: Tensor, second: Tensor, second0: Tensor)
     return rotary_matrix(z.real, z.imag)
 
 
-def _assign(similarity: Tensor) -> Tensor:
+def assign(similarity: Tensor) -> Tensor:
     """π with Σ_i similarity[i, π(i)] greatest, on the CPU."""
     favourite = similarity.argmax(1).cpu()
     if len(favourite.unique()) == len(favourite):

@@ -97,6 +97,7 @@ class CellMaker:
             recovered=recovered.sha256,
         )
         cell.qk_gauge = bench.anatomy.qk_gauge
+        cell.notes = released.facts.get("notes", {})
         cell.seconds = Seconds(
             protect=released.facts["seconds"], recover=recovered.facts["seconds"]
         )

@@ -108,6 +108,7 @@ class FreeRider:
         outside = self.outside(defense, attack, merger, group, seed).best
         start = time.perf_counter()
         base, parts = made.members(self.bench.recovered(defense, attack, group, seed))
+        merger = Named(merger.spec, attack.method.merging(merger.method, self.bench.anatomy))
         # The victim without any partner is no merge: used alone it is an outside option.
         settings = [
             s for s in self.settings(merger, group) if s.coefficients[0] and any(s.coefficients[1:])

@@ -114,6 +114,15 @@ class Store:
                 _write(path, found, base)
             return found
 
+    def training(self, key: str, number: int) -> Path:
+        """The resume file of the ``number``-th training inside the node ``key``."""
+        return self.root / "training" / f"{key}-{number}.pt"
+
+    def forget_training(self, key: str) -> None:
+        """Delete the resume files of a node that is made."""
+        for path in (self.root / "training").glob(f"{key}-*.pt"):
+            path.unlink(missing_ok=True)
+
 
 def _disk_trouble(error: Exception, path: Path) -> OSError:
     """What the libraries say in words, as the operating system's own error."""

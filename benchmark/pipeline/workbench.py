@@ -7,9 +7,10 @@ needs it is not in the store.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -114,20 +115,24 @@ class Workbench:
 
         def make() -> State:
             examples = {task: self.evaluator.task(task).train}
-            return self._fine_tune(
-                self.evaluator.base, examples, generator("expert", task), what=f"expert {task}"
-            )
+            train = self._trainer(f"expert {task}", key)
+            trained: State = train(self.evaluator.base, examples, generator("expert", task))
+            return trained
 
-        return self._model(sha("expert", self.key, task), make, durable=True)
+        key = sha("expert", self.key, task)
+        return self._model(key, make, durable=True)
 
     def released(self, defense: Named[Defense], victim: str, seed: int) -> Model:
-        """What the owner publishes."""
+        """What the owner publishes; ``facts["notes"]`` is what the defense reported."""
 
         def make() -> State:
             self.notify(f"{defense.spec} protects {victim}")
-            view = self._view(defense, victim)
+            notes: dict[str, object] = {}
+            view = replace(self._view(defense, victim, key), note=notes.__setitem__)
             state = defense.method.protect(view, self._draws(defense, victim, seed))
             compatible(state, self.evaluator.base, f"defense {defense.spec}")
+            # Before the State is stored: one that is found is not made again.
+            self.store.put(f"notes:{key}", notes)
             return ordered(state, self.evaluator.base)
 
         key = sha("released", self.key, victim, seed, defense.spec, method_key(defense.method))
@@ -140,20 +145,21 @@ class Workbench:
             return released
 
         def make() -> State:
-            view = self._view(defense, victim)
+            view = self._view(defense, victim, key)
             rng = self._draws(defense, victim, seed)
             return defense.method.shipped(view, released.state(), rng)
 
-        return self._model(sha("shipped", released.key), make, durable=False)
+        key = sha("shipped", released.key)
+        return self._model(key, make, durable=False)
 
-    def _view(self, defense: Named[Defense], victim: str) -> Victim:
+    def _view(self, defense: Named[Defense], victim: str, node: str) -> Victim:
         return Victim(
             base=self.evaluator.base,
             expert=self.expert(victim).state(),
             anatomy=self.anatomy,
             task=self.evaluator.task(victim),
             recipe=self.testbed.recipe,
-            fine_tune=self._trainer(f"{defense.spec} {victim}"),
+            fine_tune=self._trainer(f"{defense.spec} {victim}", node),
             initialise=lambda rng: to_device(self.testbed.initialise(rng), self.evaluator.device),
             features=self.testbed.features,
             module=self.testbed.module(),
@@ -176,9 +182,10 @@ class Workbench:
 
         def make() -> Members:
             self.notify(f"{attack.spec} attacks {defense.spec}")
-            knowledge = self.knowledge(attack, group)
+            knowledge = self.knowledge(attack, group, key)
             rng = generator("attack", attack.spec, group.victim, group.partners, seed)
             members = attack.method.members(released.state(), knowledge, rng)
+            self.store.forget_training(key)
             for what, state in (("base", members.base), ("release", members.released)):
                 compatible(state, self.evaluator.base, f"attack {attack.spec} on the {what}")
             budget.update(asdict(knowledge.budget))
@@ -210,8 +217,11 @@ class Workbench:
         released.state()  # its own cost must not be counted as the attack's
         return Model(key, members, self.store.result(f"facts:{key}", facts))
 
-    def knowledge(self, attack: Named[Attack], group: Group) -> Knowledge:
-        """What the attack may know, by its declared access."""
+    def knowledge(self, attack: Named[Attack], group: Group, node: str = "") -> Knowledge:
+        """What the attack may know, by its declared access.
+
+        Trainings resume if the key of the ``node`` they are part of is given.
+        """
         access = attack.method.access
         data = {}
         if access >= Access.UNLABELED:
@@ -223,8 +233,9 @@ class Workbench:
             self.anatomy,
             tasks=data,
             recipe=self.testbed.recipe,
-            fine_tune=self._trainer(attack.spec),
+            fine_tune=self._trainer(attack.spec, node),
             features=self.testbed.features,
+            module=self.testbed.module(),
             flops_per_example=self.flops_per_example if access >= Access.UNLABELED else 0.0,
         )
 
@@ -297,9 +308,9 @@ class Workbench:
 
     def _model(self, key: str, make: Callable[[], State], durable: bool) -> Model:
         def state() -> State:
-            if not durable:
-                return make()
-            return self.store.state(key, self.evaluator.base, make)
+            made = self.store.state(key, self.evaluator.base, make) if durable else make()
+            self.store.forget_training(key)
+            return made
 
         def members() -> Members:
             made = self.store.recent(key, state)
@@ -308,11 +319,18 @@ class Workbench:
         def facts() -> dict[str, Any]:
             start = time.perf_counter()
             made = members().released
-            return {"seconds": time.perf_counter() - start, "released": digest(made)}
+            return {
+                "seconds": time.perf_counter() - start,
+                "released": digest(made),
+                "notes": self.store.get(f"notes:{key}") or {},
+            }
 
         return Model(key, members, self.store.result(f"facts:{key}", facts))
 
-    def _trainer(self, what: str) -> Any:
+    def _trainer(self, what: str, node: str = "") -> Any:
+        """The fine-tuning helper of one node: its n-th training has the n-th resume file."""
+        numbers = itertools.count()
+
         def train(
             start: State,
             examples: Mapping[str, Split],
@@ -321,30 +339,19 @@ class Workbench:
             recipe: Recipe | None = None,
             loss: Loss | None = None,
         ) -> State:
-            return self._fine_tune(start, examples, rng, what=what, recipe=recipe, loss=loss)
+            return fine_tune(
+                self.testbed,
+                {name: self.evaluator.task(name) for name in examples},
+                start,
+                examples,
+                rng,
+                recipe=recipe,
+                loss=loss,
+                progress=lambda step, steps: self.notify(f"training {what}: step {step}/{steps}"),
+                resume=self.store.training(node, next(numbers)) if node else None,
+            )
 
         return train
-
-    def _fine_tune(
-        self,
-        start: State,
-        examples: Mapping[str, Split],
-        rng: torch.Generator,
-        *,
-        what: str,
-        recipe: Recipe | None = None,
-        loss: Loss | None = None,
-    ) -> State:
-        return fine_tune(
-            self.testbed,
-            {name: self.evaluator.task(name) for name in examples},
-            start,
-            examples,
-            rng,
-            recipe=recipe,
-            loss=loss,
-            progress=lambda step, steps: self.notify(f"training {what}: step {step}/{steps}"),
-        )
 
 
 def testbed_key(testbed: Testbed, device: torch.device) -> str:

@@ -1,0 +1,205 @@
+"""What a free-rider knows. Reaching past the access tier raises: the threat model is code."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from benchmark.checkpoint import Forward, State
+from benchmark.data import Split, Task
+from benchmark.errors import AccessError
+
+if TYPE_CHECKING:
+    from benchmark.anatomy import Anatomy
+    from benchmark.training import Loss, Recipe
+
+
+class Access(enum.IntEnum):
+    """What the free-rider holds, each tier with all of the one below."""
+
+    WEIGHTS = 0
+    UNLABELED = 1
+    LABELED = 2
+
+    @property
+    def label(self) -> Literal["weights", "unlabeled", "labeled"]:
+        """The name in commands and records."""
+        return cast(Literal["weights", "unlabeled", "labeled"], self.name.lower())
+
+
+class FineTune(Protocol):
+    """Fine-tune ``start`` on ``examples`` per task, under the testbed's recipe."""
+
+    def __call__(
+        self,
+        start: State,
+        examples: Mapping[str, Split],
+        rng: torch.Generator,
+        *,
+        recipe: Recipe | None = None,
+        loss: Loss | None = None,
+    ) -> State: ...
+
+
+@dataclass
+class Budget:
+    """What an attack used beyond weights: distinct examples, optimisation steps, model FLOPs."""
+
+    examples: int = 0
+    steps: int = 0
+    flops: float = 0.0
+
+
+class Knowledge:
+    """What the free-rider knows. Reaching past ``access`` raises: the threat model is code.
+
+    ``partners`` are the free-rider's own experts, in the order they are merged after the victim.
+    """
+
+    def __init__(
+        self,
+        access: Access,
+        base: State,
+        partners: Sequence[State],
+        anatomy: Anatomy,
+        *,
+        tasks: Mapping[str, Task] | None = None,
+        recipe: Recipe | None = None,
+        fine_tune: FineTune | None = None,
+        features: Forward | None = None,
+        module: torch.nn.Module | None = None,
+        shipped: State | None = None,
+        flops_per_example: float = 0.0,
+    ) -> None:
+        self.access = access
+        self.base = base
+        self.partners = tuple(partners)
+        self.anatomy = anatomy
+        self.budget = Budget()
+        self._tasks = dict(tasks or {})
+        self._recipe = recipe
+        self._fine_tune = fine_tune
+        self._features = features
+        self._module = module
+        #: What users of the release run, where its modules are not the base's; else None.
+        self.shipped = shipped
+        self._flops = flops_per_example
+
+    def require(self, tier: Access, what: str) -> None:
+        """Raise AccessError unless ``tier`` was granted."""
+        if self.access < tier:
+            raise AccessError(
+                f"{what} needs access {tier.label!r}; only {self.access.label!r} given"
+            )
+
+    def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Forward pass of a State on inputs the attacker holds: (n, d) unit vectors."""
+        self.require(Access.UNLABELED, "running the model on data")
+        assert self._features is not None
+        self.budget.flops += self._flops * len(next(iter(inputs.values())))
+        return self._features(state, inputs)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The architecture without weights, which :mod:`benchmark.anatomy.taps` can watch."""
+        assert self._module is not None
+        return self._module
+
+    def unlabeled(
+        self, per_task: int, rng: torch.Generator, *, victim_only: bool = False
+    ) -> dict[str, dict[str, Tensor]]:
+        """Up to ``per_task`` training inputs of each task, without their labels; victim first."""
+        self.require(Access.UNLABELED, "unlabelled inputs")
+        out = {}
+        for name, task in self._chosen(victim_only).items():
+            rows = torch.randperm(len(task.train), generator=rng)[:per_task]
+            self.budget.examples += len(rows)
+            out[name] = task.train[rows.to(task.train.labels.device)].inputs
+        return out
+
+    def labeled(
+        self, per_class: int, rng: torch.Generator, *, victim_only: bool = False
+    ) -> dict[str, Split]:
+        """``per_class`` labelled training examples of each class of each task; victim first."""
+        self.require(Access.LABELED, "labelled examples")
+        tasks = self._chosen(victim_only)
+        out = {name: task.train.few_shot(per_class, rng) for name, task in tasks.items()}
+        self.budget.examples += sum(len(split) for split in out.values())
+        return out
+
+    @property
+    def recipe(self) -> Recipe:
+        """The testbed's fine-tuning recipe (public: it is how the field trains)."""
+        assert self._recipe is not None
+        return self._recipe
+
+    def fine_tune(
+        self,
+        start: State,
+        examples: Mapping[str, Split],
+        rng: torch.Generator,
+        *,
+        recipe: Recipe | None = None,
+        loss: Loss | None = None,
+        passes: int = 1,
+    ) -> State:
+        """Fine-tune on labelled examples; ``passes`` per step of ``loss`` are charged."""
+        self.require(Access.LABELED, "fine-tuning on labels")
+        return self._train(start, examples, rng, recipe or self.recipe, loss, passes)
+
+    def distil(
+        self,
+        start: State,
+        teacher: State,
+        inputs: Mapping[str, Mapping[str, Tensor]],
+        rng: torch.Generator,
+        *,
+        recipe: Recipe | None = None,
+    ) -> State:
+        """Train ``start`` to answer as ``teacher`` does: KL(teacher ‖ student) over the classes."""
+        self.require(Access.UNLABELED, "distillation")
+
+        def loss(
+            logits: Callable[[State], Tensor], state: State, labels: Tensor, rng: torch.Generator
+        ) -> Tensor:
+            with torch.no_grad():
+                wanted = logits(teacher).log_softmax(1)
+            own = logits(state).log_softmax(1)
+            return torch.nn.functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
+
+        # Labels that say nothing: the loss never looks at them.
+        blank = {
+            name: Split(
+                dict(batch), next(iter(batch.values())).new_zeros(_rows(batch), dtype=torch.long)
+            )
+            for name, batch in inputs.items()
+        }
+        return self._train(start, blank, rng, recipe or self.recipe, loss, passes=2)
+
+    def _train(
+        self,
+        start: State,
+        examples: Mapping[str, Split],
+        rng: torch.Generator,
+        recipe: Recipe,
+        loss: Loss | None,
+        passes: int,
+    ) -> State:
+        assert self._fine_tune is not None
+        self.budget.steps += recipe.steps
+        # A backward pass costs two forward passes.
+        self.budget.flops += 3 * self._flops * recipe.steps * recipe.batch_size * passes
+        return self._fine_tune(start, examples, rng, recipe=recipe, loss=loss)
+
+    def _chosen(self, victim_only: bool) -> dict[str, Task]:
+        names = list(self._tasks)[: 1 if victim_only else None]
+        return {name: self._tasks[name] for name in names}
+
+
+def _rows(batch: Mapping[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))
