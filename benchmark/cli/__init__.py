@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from benchmark.cli import assets, browse, checkpoints, doctor, run
+from benchmark.cli import assets, browse, check, checkpoints, doctor, run
 from benchmark.errors import UnmergeBenchError
 
 #: No space, no quota, or a file larger than allowed.
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for module in (run, browse, checkpoints, assets, doctor):
+for module in (run, check, browse, checkpoints, assets, doctor):
     module.register(app)
 
 

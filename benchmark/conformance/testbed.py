@@ -1,0 +1,149 @@
+"""Tiny random models with a synthetic task, without any download: what methods are checked on.
+
+The weights are ten times larger than usual and no bias is zero, so that a transform that breaks the
+function shows in the logits; head_dim / width = 1/8 as in real models.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from benchmark.anatomy import Anatomy
+from benchmark.checkpoint import State
+from benchmark.contracts import Card, Testbed
+from benchmark.data import Split, Task
+from benchmark.training import Recipe
+
+#: Every architecture that methods are checked on; to add one, name it here and in :func:`_module`.
+Architecture = Literal["vit", "bert", "llama"]
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+
+_WIDTH, _HEADS, _LAYERS, _HIDDEN = 32, 8, 2, 48
+_CLASSES, _SIZES = 3, {"train": 36, "validation": 18, "test": 24}
+_SIDE, _VOCABULARY, _LENGTH = 8, 40, 6
+_SCALE = 10.0
+_SHAPE = {
+    "hidden_size": _WIDTH,
+    "num_attention_heads": _HEADS,
+    "num_hidden_layers": _LAYERS,
+    "intermediate_size": _HIDDEN,
+}
+
+
+@dataclass(frozen=True)
+class Tiny(Testbed):
+    """A model of 2 layers and width 32 with two three-class tasks."""
+
+    architecture: Architecture = "vit"
+
+    card: ClassVar[Card] = Card("tiny random model with a synthetic task, for conformance checks")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return ("first", "second")
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(steps=4, batch_size=12, learning_rate=5e-3, warmup=1, frozen=self._embeddings)
+
+    @property
+    def _embeddings(self) -> tuple[str, ...]:
+        return ("embed_tokens.",) if self.architecture == "llama" else ("embeddings.",)
+
+    def content_hash(self) -> str:
+        return hashlib.sha256(f"tiny 1 {self.architecture}".encode()).hexdigest()
+
+    def base(self) -> State:
+        return self.initialise(torch.Generator().manual_seed(0))
+
+    def module(self) -> torch.nn.Module:
+        return _module(self.architecture)
+
+    def anatomy(self) -> Anatomy:
+        return _anatomy(self.architecture)
+
+    def initialise(self, rng: torch.Generator) -> State:
+        out = {}
+        for key, value in self.module().state_dict().items():
+            gain = value.ndim == 1 and "norm" in key.lower() and key.endswith("weight")
+            noise = torch.randn(value.shape, generator=rng)
+            out[key] = 1 + 0.1 * noise if gain else 0.2 * noise
+        return out
+
+    def task(self, name: str) -> Task:
+        """Examples are noisy copies of one prototype per class."""
+        rng = torch.Generator().manual_seed(100 + self.tasks.index(name))
+        prototypes = self._examples(_CLASSES, rng)
+        splits = {part: self._split(prototypes, size, rng) for part, size in _SIZES.items()}
+        head = torch.linalg.qr(torch.randn(_WIDTH, _WIDTH, generator=rng))[0][:_CLASSES]
+        classes = tuple(f"class {i}" for i in range(_CLASSES))
+        return Task(name, classes, **splits, head=head.contiguous(), scale=_SCALE)
+
+    def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The mean of the last hidden states as a unit vector, (n, 32) float32."""
+        arguments: dict[str, Any] = dict(inputs)
+        if "pixel_values" in inputs:
+            # A half-precision State wants half-precision images; autocast would do it otherwise.
+            arguments["pixel_values"] = inputs["pixel_values"].to(next(iter(state.values())).dtype)
+        else:
+            ids = inputs["input_ids"]
+            # Given here because the skeleton's own buffers stay on the CPU.
+            arguments["position_ids"] = torch.arange(_LENGTH, device=ids.device)[None]
+            if self.architecture == "bert":
+                arguments["token_type_ids"] = torch.zeros_like(ids)
+            else:
+                arguments["use_cache"] = False
+        output = torch.func.functional_call(self.module(), state, kwargs=arguments)
+        return torch.nn.functional.normalize(output.last_hidden_state.float().mean(1), dim=-1)
+
+    def _examples(self, n: int, rng: torch.Generator) -> Tensor:
+        if self.architecture == "vit":
+            return torch.randn(n, 3, _SIDE, _SIDE, generator=rng)
+        return torch.randint(4, _VOCABULARY, (n, _LENGTH), generator=rng)
+
+    def _split(self, prototypes: Tensor, n: int, rng: torch.Generator) -> Split:
+        labels = torch.arange(n) % _CLASSES
+        clean, other = prototypes[labels], self._examples(n, rng)
+        if self.architecture == "vit":
+            return Split({"pixel_values": clean + 0.5 * other}, labels)
+        kept = torch.rand(n, _LENGTH, generator=rng) < 0.7
+        return Split({"input_ids": torch.where(kept, clean, other)}, labels)
+
+
+@functools.cache
+def _anatomy(architecture: Architecture) -> Anatomy:
+    return Anatomy.of(_module(architecture))
+
+
+@functools.cache
+def _module(architecture: Architecture) -> torch.nn.Module:
+    """The architecture; its own weights are never used, States are lent to it."""
+    import transformers
+
+    model: torch.nn.Module
+    # Building a model draws weights from the global generator, which is not ours to move.
+    with torch.random.fork_rng(devices=[]):
+        if architecture == "vit":
+            vit = transformers.ViTConfig(image_size=_SIDE, patch_size=4, **_SHAPE)
+            model = transformers.ViTModel(vit, add_pooling_layer=False)
+        elif architecture == "bert":
+            bert = transformers.BertConfig(
+                vocab_size=_VOCABULARY, max_position_embeddings=_LENGTH, **_SHAPE
+            )
+            model = transformers.BertModel(bert, add_pooling_layer=False)
+        else:
+            llama = transformers.LlamaConfig(
+                vocab_size=_VOCABULARY,
+                num_key_value_heads=_HEADS // 2,
+                max_position_embeddings=_LENGTH,
+                **_SHAPE,
+            )
+            model = transformers.LlamaModel(llama)
+    return model.eval().requires_grad_(False)
