@@ -6,8 +6,8 @@ permutation and the factors are fixed here, the formulas are METHODS 1 and 2.1 w
 
 from __future__ import annotations
 
-from pathlib import Path
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,7 +104,6 @@ def test_params_on_a_minilm_layer(
 
 def test_the_furthest_permutation_of_a_minilm_layer(weights: dict[str, Array]) -> None:
     """π = argmin Σ C[i, π(i)], C and its optimum computed here."""
-    from safetensors.numpy import load_file
     from scipy.optimize import linear_sum_assignment
 
     rng = np.random.default_rng(6)

@@ -239,6 +239,15 @@ def state_of(model: nn.Module) -> State:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 
+def untied(model: nn.Module) -> State:
+    """:func:`state_of` with tied weights under their first name only, as files hold them."""
+    first: dict[int, str] = {}
+    for key, value in model.state_dict().items():
+        first.setdefault(value.data_ptr(), key)
+    state = state_of(model)
+    return {key: state[key] for key in first.values()}
+
+
 def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
     """Everything the model computes for each example, side by side: (n, m)."""
     with torch.no_grad():
