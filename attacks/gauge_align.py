@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.anatomy import apply_qk, apply_vo, permute_heads, permute_units
-from benchmark.anatomy.alignment import match_heads, match_units, qk_gauge, vo_gauge
+from benchmark.anatomy.alignment import align
 from benchmark.checkpoint import State
 from benchmark.contracts import Access, Attack, Card, Knowledge
 
@@ -38,13 +37,4 @@ class GaugeAlign(Attack):
     access: ClassVar[Access] = Access.WEIGHTS
 
     def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
-        base, state = knowledge.base, dict(released)
-        for block in knowledge.anatomy.attention:
-            permute_heads(state, block, match_heads(block, state, base))
-            apply_qk(state, block, qk_gauge(block, state, base))
-            apply_vo(state, block, vo_gauge(block, state, base))
-            if block.k.bias is not None and block.free_key_bias:
-                block.k.bias.write(state, block.k.bias.read(base))
-        for mlp in knowledge.anatomy.mlp:
-            permute_units(state, mlp, match_units(mlp, state, base))
-        return state
+        return align(released, knowledge.base, knowledge.anatomy)

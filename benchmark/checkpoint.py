@@ -31,6 +31,11 @@ class ForeignState(State):
         self.forward = forward
 
 
+def forward_of(state: State, features: Forward) -> Forward:
+    """How ``state`` is run: by its own forward if its modules are foreign, else by ``features``."""
+    return state.forward if isinstance(state, ForeignState) else features
+
+
 def compatible(state: Mapping[str, Tensor], base: Mapping[str, Tensor], what: str) -> None:
     """Check that ``state`` can stand in for ``base``.
 

@@ -30,6 +30,7 @@ __all__ = [
     "Budget",
     "Card",
     "Defense",
+    "Ensemble",
     "FineTune",
     "Knowledge",
     "Members",
@@ -181,6 +182,25 @@ class Attack(ABC):
     def refines(self) -> bool:
         """Whether it works on the merged model (and so needs a control at equal budget)."""
         return type(self).refine is not Attack.refine
+
+
+class Ensemble(Attack):
+    """Several attacks of which validation picks one; the pipeline runs the search.
+
+    ``version`` changes with the list, its order or its budgets, and stands in every result row.
+    """
+
+    version: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def candidates(self) -> tuple[str, ...]:
+        """Specs of the attacks it tries, in order: ties go to the first."""
+
+    @property
+    @abstractmethod
+    def kept(self) -> int:
+        """How many candidates go on from the first rung of the screening to the second."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import Forward, State
+from benchmark.checkpoint import Forward, State, forward_of
 from benchmark.data import Split, Task
-from benchmark.errors import AccessError
+from benchmark.errors import AccessError, MethodError
 
 if TYPE_CHECKING:
     from benchmark.anatomy import Anatomy
@@ -74,6 +74,7 @@ class Knowledge:
         features: Forward | None = None,
         module: torch.nn.Module | None = None,
         shipped: State | None = None,
+        second: Callable[[], State] | None = None,
         flops_per_example: float = 0.0,
     ) -> None:
         self.access = access
@@ -88,6 +89,7 @@ class Knowledge:
         self._module = module
         #: What users of the release run, where its modules are not the base's; else None.
         self.shipped = shipped
+        self._second = second
         self._flops = flops_per_example
 
     def require(self, tier: Access, what: str) -> None:
@@ -102,7 +104,17 @@ class Knowledge:
         self.require(Access.UNLABELED, "running the model on data")
         assert self._features is not None
         self.budget.flops += self._flops * len(next(iter(inputs.values())))
-        return self._features(state, inputs)
+        return forward_of(state, self._features)(state, inputs)
+
+    def second_release(self) -> State:
+        """Another release of the same expert, protected with other draws.
+
+        Raises:
+            MethodError: its owner released it once.
+        """
+        if self._second is None:
+            raise MethodError("needs a second release of the same expert, and there is only one")
+        return self._second()
 
     @property
     def module(self) -> torch.nn.Module:

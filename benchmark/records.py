@@ -12,9 +12,13 @@ Status = Literal["ok", "no-benefit", "error", "skipped"]
 
 
 class Seconds(BaseModel):
-    """Wall-clock seconds of one cell's own work (0 where it was shared or cached)."""
+    """Wall-clock seconds of one cell's own work (0 where it was shared or cached).
+
+    ``expert`` is what fine-tuning the victim took, to which ``protect`` is compared.
+    """
 
     model_config = ConfigDict(extra="forbid")
+    expert: float = 0.0
     protect: float = 0.0
     recover: float = 0.0
     merge: float = 0.0
@@ -54,7 +58,9 @@ class Cell(BaseModel):
     ``utility`` and ``standalone``: accuracy of the release, and of the recovered model, used alone.
     ``logit_gap``, ``recovered_gap``: max relative |Δlogit| of release against expert, and of the
     recovered model against the release. ``qk_gauge``: the group to which the architecture confines
-    a lock on Q and K: general, rotary or sign. ``bf16_gap`` and ``bf16_gap_expert``: what storing
+    a lock on Q and K: general, rotary or sign. ``ensemble``: for an attack that is one, its version,
+    which of its attacks won, the screening's scores and failures, and forward passes. ``bf16_gap``
+    and ``bf16_gap_expert``: what storing
     release and expert in bfloat16 costs, likewise. ``correct``: per-example test outcomes of the
     chosen models, as hex, from which intervals are recomputed. ``notes``: what the defense reported
     of its making, such as a search for its weight.
@@ -97,6 +103,7 @@ class Cell(BaseModel):
     bf16_gap: float | None = None
     bf16_gap_expert: float | None = None
     recovered_gap: float | None = None
+    ensemble: dict[str, object] = Field(default_factory=dict)
     correct: dict[str, dict[str, str]] = Field(default_factory=dict)
     n_val: int = 0
     n_test: int = 0

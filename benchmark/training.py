@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmark.adapters import Adapters, Lora
-from benchmark.checkpoint import State
+from benchmark.checkpoint import State, forward_of
 from benchmark.data import Split, Task
 from benchmark.snapshots import Snapshots, interruptible
 
@@ -120,7 +120,7 @@ def fine_tune(
 
         def logits(state: State, task: Task = task, batch: Split = batch) -> Tensor:
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                features = testbed.features(state, batch.inputs)
+                features = forward_of(state, testbed.features)(state, batch.inputs)
             return task.scale * features.float() @ heads[task.name].T
 
         optimizer.zero_grad(set_to_none=True)

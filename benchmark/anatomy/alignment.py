@@ -13,14 +13,39 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.blocks import AttentionBlock, MLPBlock
-from benchmark.anatomy.gauge import rotary_matrix, within
+from benchmark.anatomy.blocks import Anatomy, AttentionBlock, MLPBlock
+from benchmark.anatomy.gauge import (
+    apply_qk,
+    apply_vo,
+    permute_heads,
+    permute_units,
+    rotary_matrix,
+    within,
+)
 from benchmark.checkpoint import State
 
 Cost = Literal["inner", "cosine"]
 
 # Far below any fine-tuning step, far above float64 rounding: keeps empty heads solvable.
 _RIDGE = 1e-14
+
+
+def align(state: Mapping[str, Tensor], anchor: Mapping[str, Tensor], anatomy: Anatomy) -> State:
+    """The point nearest to ``anchor`` among the States that compute what ``state`` does.
+
+    Heads are matched, then their gauges estimated, then hidden units matched; a free key bias is
+    the anchor's. Tensors outside the blocks are shared with ``state``.
+    """
+    out = dict(state)
+    for block in anatomy.attention:
+        permute_heads(out, block, match_heads(block, out, anchor))
+        apply_qk(out, block, qk_gauge(block, out, anchor))
+        apply_vo(out, block, vo_gauge(block, out, anchor))
+        if block.k.bias is not None and block.free_key_bias:
+            block.k.bias.write(out, block.k.bias.read(anchor))
+    for mlp in anatomy.mlp:
+        permute_units(out, mlp, match_units(mlp, out, anchor))
+    return out
 
 
 def match_units(

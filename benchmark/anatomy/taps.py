@@ -135,7 +135,8 @@ def _replace(module: nn.Module, block: MLPBlock, function: Hidden) -> Iterator[A
     yield keep("up", block.up)
     if block.gate is not None:
         yield keep("gate", block.gate)
-    yield owner(module, block.down.weight.key).register_forward_pre_hook(enter)
+    # First of its hooks: whoever watches ``down`` must see what really enters it.
+    yield owner(module, block.down.weight.key).register_forward_pre_hook(enter, prepend=True)
 
 
 def _inside_attention(module: nn.Module, path: str) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import ForeignState, State, to_device
+from benchmark.checkpoint import State, forward_of, to_device
 from benchmark.contracts import Testbed
 from benchmark.data import Task
 from benchmark.errors import MethodError
@@ -48,7 +48,7 @@ class Evaluator:
         """
         what = self.task(task)
         examples = what.split(split)[slice(rows.start, rows.stop)]
-        forward = state.forward if isinstance(state, ForeignState) else self.testbed.features
+        forward = forward_of(state, self.testbed.features)
         parts = []
         for start in range(0, len(examples), self.batch_size):
             batch = examples[slice(start, start + self.batch_size)]

@@ -30,6 +30,10 @@ class Racer:
     safe: bool = False
     correct: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def extend(self, task: str, outcomes: np.ndarray) -> None:
+        """Add outcomes on the next examples of ``task``."""
+        self.correct[task] = np.concatenate([self.correct.get(task, outcomes[:0]), outcomes])
+
     @property
     def seen(self) -> int:
         """Validation examples per task it was tried on."""
@@ -58,8 +62,7 @@ def race(
             for task in expert:
                 fresh = correct(racer.name, task, range(seen, rung))
                 passes += len(fresh)
-                before = racer.correct.get(task, fresh[:0])
-                racer.correct[task] = np.concatenate([before, fresh])
+                racer.extend(task, fresh)
         seen = rung
         alive.sort(key=lambda racer: -float(racer.outcomes(expert).mean()))
         if position < len(rungs) - 1:

@@ -13,6 +13,10 @@ from benchmark.pipeline.suite import Group
 from benchmark.pipeline.workbench import Model, Workbench, generator, method_key
 
 
+class Skip(Exception):
+    """The merger does not apply: these cells make no sense, and nothing failed."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A State that enters a merge: its sha256, and how to get it."""
@@ -123,6 +127,30 @@ def outside(
         ),
         *merges(bench, merger, base, parts, without, group, seed, "partners"),
         Candidate("base", base.sha256, base.state, kind="base"),
+    ]
+
+
+def controls(
+    bench: Workbench,
+    attack: Named[Attack],
+    merger: Named[Merger],
+    settings: Sequence[Setting],
+    group: Group,
+    seed: int,
+) -> list[Candidate]:
+    """What the attack's data and compute give without the victim: the attack run on the base.
+
+    That model alone, and merged with the partners in the victim's place. Empty where the attack
+    leaves the base as it is (it works after the merge, or on locks only).
+    """
+    model = bench.control(attack, group, seed)
+    if model.sha256 == bench.base.sha256:
+        return []
+    base, parts = members(model)
+    with_it = [s for s in settings if s.coefficients[0] and any(s.coefficients[1:])]
+    return [
+        Candidate("control alone", model.sha256, model.state, kind="control"),
+        *merges(bench, merger, base, parts, with_it, group, seed, "control"),
     ]
 
 

@@ -19,8 +19,8 @@ from benchmark.evaluation.scoring import (
 from benchmark.evaluation.statistics import pack_bits, ratio_protection
 from benchmark.methods import attack, defense
 from benchmark.pipeline import candidates as made
-from benchmark.pipeline.candidates import Candidate
-from benchmark.pipeline.freerider import FreeRider, Outcome, Skip
+from benchmark.pipeline.candidates import Candidate, Skip
+from benchmark.pipeline.freerider import FreeRider, Outcome
 from benchmark.pipeline.plan import Planned
 from benchmark.pipeline.suite import Suite
 from benchmark.pipeline.workbench import Model, Workbench
@@ -89,7 +89,8 @@ class CellMaker:
         rider.settings(merger, group)  # before any work: may raise Skip
         expert = bench.expert(group.victim)
         released = bench.released(planned.defense, group.victim, seed)
-        recovered = bench.recovered(planned.defense, planned.attack, group, seed)
+        attack, cell.ensemble = rider.chosen(planned.defense, planned.attack, merger, group, seed)
+        recovered = bench.recovered(planned.defense, attack, group, seed)
         cell.sha256 = Hashes(
             base=bench.base.sha256,
             expert=expert.sha256,
@@ -99,7 +100,9 @@ class CellMaker:
         cell.qk_gauge = bench.anatomy.qk_gauge
         cell.notes = released.facts.get("notes", {})
         cell.seconds = Seconds(
-            protect=released.facts["seconds"], recover=recovered.facts["seconds"]
+            expert=expert.facts["seconds"],
+            protect=released.facts["seconds"],
+            recover=recovered.facts["seconds"],
         )
         shipped = bench.shipped(planned.defense, group.victim, seed)
         self._alone(cell, planned, expert, shipped, recovered)
@@ -114,6 +117,8 @@ class CellMaker:
         )
         cell.budget = Spent(**(attacked.spent or recovered.facts["budget"]))
         cell.seconds.merge = attacked.seconds
+        if cell.ensemble:
+            cell.ensemble["search_passes"] = attacked.passes
         self._score(cell, attacked, undefended, outside, planned)
         self._merged(cell, attacked, planned)
         cell.flags = self._flags(cell, planned, released, expert)

@@ -12,28 +12,27 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmark.contracts import Attack, Defense, Merger, Setting
+from benchmark import methods
+from benchmark.contracts import Access, Attack, Defense, Ensemble, Merger, Setting
 from benchmark.errors import MethodError, UsageError
 from benchmark.evaluation.scoring import accuracies
 from benchmark.evaluation.search import Racer, race
 from benchmark.methods import Named
 from benchmark.pipeline import candidates as made
-from benchmark.pipeline.candidates import Candidate
+from benchmark.pipeline.candidates import Candidate, Skip
+from benchmark.pipeline.ensemble import screen
 from benchmark.pipeline.suite import Group, Suite
 from benchmark.pipeline.workbench import Workbench
 
 Ranked = list[tuple[Candidate, float]]
 
 
-class Skip(Exception):
-    """The merger does not apply: these cells make no sense, and nothing failed."""
-
-
 @dataclass
 class Outcome:
     """The candidate that validation picked, its validation score, and its test outcomes by task.
 
-    ``merge`` is the best candidate that uses the victim, whether or not it won.
+    ``merge`` is the best candidate that uses the victim, whether or not it won; ``passes`` are the
+    forward passes of the search over merges.
     """
 
     best: Candidate
@@ -42,6 +41,7 @@ class Outcome:
     merge: Candidate | None = None
     spent: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    passes: int = 0
 
 
 class FreeRider:
@@ -51,6 +51,8 @@ class FreeRider:
         self.bench = bench
         self.suite = suite
         self._outcomes: dict[tuple[str, ...], Outcome] = {}
+        self._chosen: dict[tuple[str, ...], tuple[Named[Attack], dict[str, object]]] = {}
+        self._passes = 0
 
     def check(self, group: Group) -> None:
         """Raise UsageError if a task has fewer validation examples than the search wants."""
@@ -71,14 +73,25 @@ class FreeRider:
         group: Group,
         seed: int,
     ) -> Outcome:
-        """G0: the best without merging the victim, with the data and compute of the attack."""
+        """G0: the best without merging the victim, with the data and compute of the attack.
+
+        For an ensemble: the best over its attacks.
+        """
+        if isinstance(attack.method, Ensemble) and attack.method.access > Access.WEIGHTS:
+            parts = [methods.attack(spec) for spec in attack.method.candidates]
+            costly = [part for part in parts if part.method.access > Access.WEIGHTS]
+            found = [self.outside(defense, part, merger, group, seed) for part in costly]
+            return max(found, key=lambda outcome: outcome.score)
         refines = attack.method.refines
-        means = attack.spec if refines else ""
+        # Weights alone buy nothing from the base; data and training may.
+        means = attack.spec if attack.method.access > Access.WEIGHTS else ""
         key = ("outside", defense.spec, means, merger.spec, repr(group), str(seed))
         if key not in self._outcomes:
             shipped = self.bench.shipped(defense, group.victim, seed)
             settings = self.settings(merger, group)
             options = made.outside(self.bench, shipped, merger, settings, group, seed)
+            if means:
+                options += made.controls(self.bench, attack, merger, settings, group, seed)
             # Few, and shared by all defenses: no racing, which could lose one to a bad start.
             ranked = self._race([], group, known=options)
             if refines:
@@ -92,6 +105,26 @@ class FreeRider:
                 ranked = self._race([], group, known=[*after, ranked[0][0]])
             self._outcomes[key] = self._outcome(ranked, group)
         return self._outcomes[key]
+
+    def chosen(
+        self,
+        defense: Named[Defense],
+        attack: Named[Attack],
+        merger: Named[Merger],
+        group: Group,
+        seed: int,
+    ) -> tuple[Named[Attack], dict[str, object]]:
+        """The attack itself, or the one an ensemble picks here, with the screening's report."""
+        if not isinstance(attack.method, Ensemble):
+            return attack, {}
+        key = (defense.spec, attack.spec, merger.spec, repr(group), str(seed))
+        if key not in self._chosen:
+            none = methods.defense("none"), methods.attack("none")
+            merge = self.situation(*none, merger, group, seed).merge
+            favourite = merge.setting if merge else None
+            winner, report = screen(self, defense, attack, merger, group, seed, favourite)
+            self._chosen[key] = winner, report.to_dict()
+        return self._chosen[key]
 
     def situation(
         self,
@@ -107,6 +140,7 @@ class FreeRider:
             return self._outcomes[key]
         outside = self.outside(defense, attack, merger, group, seed).best
         start = time.perf_counter()
+        attack, _ = self.chosen(defense, attack, merger, group, seed)
         base, parts = made.members(self.bench.recovered(defense, attack, group, seed))
         merger = Named(merger.spec, attack.method.merging(merger.method, self.bench.anatomy))
         # The victim without any partner is no merge: used alone it is an outside option.
@@ -115,6 +149,7 @@ class FreeRider:
         ]
         options = made.merges(self.bench, merger, base, parts, settings, group, seed, "merge")
         ranked = self._race(options, group, known=[outside])
+        passes = self._passes
         merge = next(option for option, _ in ranked if option.kind == "merge")
         spent: dict[str, float] = {}
         if attack.method.refines:
@@ -123,7 +158,7 @@ class FreeRider:
             ranked = self._race([refined, merge], group, known=[outside])
             merge = next(option for option, _ in ranked if option.kind == "merge")
         outcome = self._outcome(ranked, group)
-        outcome.merge, outcome.spent = merge, spent
+        outcome.merge, outcome.spent, outcome.passes = merge, spent, passes
         outcome.seconds = time.perf_counter() - start
         self._outcomes[key] = outcome
         return outcome
@@ -181,6 +216,7 @@ class FreeRider:
             return self.bench.bits(option.content, option.build, task, "validation", rows)
 
         race(racers, correct, expert, self.suite.validation_rungs)
+        self._passes = sum(racer.seen * len(expert) for racer in racers if not racer.safe)
         scored = [(r.seen, float(r.outcomes(expert).mean()), by_name[r.name]) for r in racers]
         scored.sort(key=lambda entry: (-entry[0], -entry[1]))
         return [(option, score) for _, score, option in scored]

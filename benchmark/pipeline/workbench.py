@@ -41,6 +41,9 @@ from benchmark.training import Loss, Recipe, fine_tune
 #: Bytes of States that are kept in memory, in all.
 MEMORY = 4e9
 
+#: Added to the seed of a release for a second release of the same expert.
+_SECOND = 1_000_000
+
 
 def generator(*parts: Any) -> torch.Generator:
     """A CPU generator seeded by what it is for, so that no draw depends on what ran before."""
@@ -175,14 +178,41 @@ class Workbench:
     ) -> Model:
         """The members of the merge after the attack."""
         released = self.released(defense, group.victim, seed)
+        shipped = self.shipped(defense, group.victim, seed)
+        return self._attacked(
+            released,
+            attack,
+            group,
+            seed,
+            f"attacks {defense.spec}",
+            shipped,
+            lambda: self.released(defense, group.victim, seed + _SECOND).state(),
+        )
+
+    def control(self, attack: Named[Attack], group: Group, seed: int) -> Model:
+        """What the attack's data and compute make of the base, in place of the release."""
+        return self._attacked(self.base, attack, group, seed, "on the base, as a control")
+
+    def _attacked(
+        self,
+        released: Model,
+        attack: Named[Attack],
+        group: Group,
+        seed: int,
+        doing: str,
+        shipped: Model | None = None,
+        second: Callable[[], State] | None = None,
+    ) -> Model:
         key = sha(
             "recovered", released.key, group.partners, attack.spec, method_key(attack.method), seed
         )
         budget: dict[str, Any] = {}
 
         def make() -> Members:
-            self.notify(f"{attack.spec} attacks {defense.spec}")
-            knowledge = self.knowledge(attack, group, key)
+            self.notify(f"{attack.spec} {doing}")
+            knowledge = self.knowledge(attack, group, key, second)
+            if shipped is not None and shipped.key != released.key:
+                knowledge.shipped = shipped.state()
             rng = generator("attack", attack.spec, group.victim, group.partners, seed)
             members = attack.method.members(released.state(), knowledge, rng)
             self.store.forget_training(key)
@@ -217,7 +247,13 @@ class Workbench:
         released.state()  # its own cost must not be counted as the attack's
         return Model(key, members, self.store.result(f"facts:{key}", facts))
 
-    def knowledge(self, attack: Named[Attack], group: Group, node: str = "") -> Knowledge:
+    def knowledge(
+        self,
+        attack: Named[Attack],
+        group: Group,
+        node: str = "",
+        second: Callable[[], State] | None = None,
+    ) -> Knowledge:
         """What the attack may know, by its declared access.
 
         Trainings resume if the key of the ``node`` they are part of is given.
@@ -236,6 +272,7 @@ class Workbench:
             fine_tune=self._trainer(attack.spec, node),
             features=self.testbed.features,
             module=self.testbed.module(),
+            second=second,
             flops_per_example=self.flops_per_example if access >= Access.UNLABELED else 0.0,
         )
 

@@ -1,0 +1,64 @@
+"""The standard attacker: a fixed, parameter-free, versioned ensemble of all attacks of a tier."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from benchmark import methods
+from benchmark.checkpoint import State
+from benchmark.contracts import Access, Card, Ensemble, Knowledge
+
+_TIERS = ("weights", "unlabeled", "labeled")
+
+
+@functools.cache
+def _recipe() -> dict[str, Any]:
+    text = (resources.files("attacks") / "auto.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+@dataclass(frozen=True)
+class Auto(Ensemble):
+    """Every attack of ``attacks/auto.toml`` up to a tier; validation picks, test measures.
+
+    Screening by successive halving: all candidates see the first validation rung at two of the
+    merger's settings (the one that is best for the undefended expert, and the victim at full
+    strength with the least of the partners), the best few of them the second rung, and the winner
+    gets the free-rider's whole search over settings. In forward passes that is at most three times
+    the search of its most expensive member alone.
+
+    Attributes:
+        tier: what the attacker holds. Each tier tries all of the one below.
+    """
+
+    card: ClassVar[Card] = Card(
+        summary="the standard attacker: every attack of a tier, the best picked on validation",
+        fidelity="ours",
+        notes="after AutoAttack (Croce & Hein 2020, arXiv 2003.01690): no parameters, one flag",
+    )
+    access: ClassVar[Access] = Access.WEIGHTS
+    version: ClassVar[str] = _recipe()["version"]
+
+    tier: Literal["weights", "unlabeled", "labeled"] = "weights"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "access", Access[self.tier.upper()])
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        tiers = _TIERS[: _TIERS.index(self.tier) + 1]
+        return tuple(spec for tier in tiers for spec in _recipe()[tier])
+
+    @property
+    def kept(self) -> int:
+        return int(_recipe()["kept"])
+
+    def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
+        """Where nothing can be evaluated (two folders): its first candidate."""
+        return methods.attack(self.candidates[0]).method.recover(released, knowledge, rng)
