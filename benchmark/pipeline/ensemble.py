@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Screening:
     """What an ensemble did: its winner, validation score by candidate, failures, forward passes.
 
-    ``scores`` are over the first rung; of those that went on, over the second.
+    ``scores`` are over the first rung; of those that went on, over the second. ``shared``: the
+    winner's forward passes, which its whole search does not repeat.
     """
 
     version: str
@@ -32,6 +33,7 @@ class Screening:
     scores: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     passes: int = 0
+    shared: int = 0
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -40,6 +42,7 @@ class Screening:
             "scores": self.scores,
             "failed": self.failed,
             "screening_passes": self.passes,
+            "shared_passes": self.shared,
         }
 
 
@@ -90,6 +93,7 @@ def screen(
         alive = sorted(alive, key=lambda spec: -report.scores[spec])[: ensemble.kept]
         seen = rung
     report.winner = alive[0]
+    report.shared = sum(racer.seen * len(expert) for racer in racers[report.winner])
     return methods.attack(report.winner), report
 
 
