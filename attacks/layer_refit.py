@@ -54,6 +54,10 @@ class LayerRefit(Attack):
             x, hidden = seen[mlp.up.weight.key], seen[mlp.down.weight.key]
             rows = torch.randperm(len(x), generator=rng)[: self.rows].to(x.device)
             target = hidden[rows] @ mlp.down.weight.read(used).T
+            weights = sum(slot.read(base).numel() for slot in (*mlp.rows(), mlp.down.weight))
+            knowledge.budget.steps += self.steps
+            # Two per weight and row forward, and twice that backward.
+            knowledge.budget.flops += 6.0 * self.steps * len(rows) * weights
             for slot, value in self._refit(base, mlp, x[rows], target).items():
                 slot.write(state, value)
             if mlp.down.bias is not None:

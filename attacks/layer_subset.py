@@ -10,6 +10,7 @@ import torch
 from benchmark.anatomy import Anatomy
 from benchmark.checkpoint import State, norm, task_vector
 from benchmark.contracts import Access, Attack, Card, Knowledge
+from benchmark.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class LayerSubset(Attack):
     def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
         base = knowledge.base
         if self.keep == "untouched":
+            if not knowledge.partners:
+                raise UsageError(
+                    "layer-subset needs a partner to know an ordinary move; use keep=attention"
+                )
             dropped = self._suspicious(released, knowledge)
         else:
             attention, mlp = _keys(knowledge.anatomy)

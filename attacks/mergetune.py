@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State
+from benchmark.checkpoint import State, task_vector
 from benchmark.contracts import Access, Attack, Card, Knowledge
 from benchmark.training import Logits, cross_entropy
 
@@ -47,8 +47,9 @@ class MergeTune(Attack):
 
     def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
         base = knowledge.base
+        moved = task_vector(released, base)
         start = {
-            key: value if value is base[key] else torch.lerp(base[key], value, self.start)
+            key: torch.lerp(base[key], value, self.start) if key in moved else value
             for key, value in released.items()
         }
 
@@ -58,7 +59,12 @@ class MergeTune(Attack):
             gaps = [(state[key] - base[key]).square().sum() for key in trained]
             total = total + self.anchor * torch.stack(gaps).sum()
             for alpha in torch.rand(self.draws, generator=rng).tolist():
-                between = {k: torch.lerp(released[k], state[k], alpha) for k in trained}
+                # Tensors the recipe freezes lie on the path too.
+                between = {
+                    k: torch.lerp(released[k], v, alpha)
+                    for k, v in state.items()
+                    if v.is_floating_point() and v is not released[k]
+                }
                 on_path = cross_entropy(logits, {**state, **between}, labels, rng)
                 total = total + self.path / self.draws * on_path
             return total
@@ -66,5 +72,5 @@ class MergeTune(Attack):
         examples = knowledge.labeled(self.per_class, rng, victim_only=True)
         recipe = knowledge.recipe.shortened(self.steps, self.batch_size)
         return knowledge.fine_tune(
-            start, examples, rng, recipe=recipe, loss=loss, passes=2 + self.draws
+            start, examples, rng, recipe=recipe, loss=loss, passes=1 + self.draws
         )

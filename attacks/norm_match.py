@@ -9,6 +9,7 @@ import torch
 
 from benchmark.checkpoint import State, norm, task_vector
 from benchmark.contracts import Access, Attack, Card, Knowledge
+from benchmark.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class NormMatch(Attack):
     """
 
     card: ClassVar[Card] = Card(
-        summary="rescale each tensor of the task vector to the partners' relative norm",
+        summary="rescale each tensor of the task vector to the norm of the partners",
         fidelity="ours",
         notes="answers defenses that inflate norms; after gauge-align it answers leftovers",
     )
@@ -36,6 +37,8 @@ class NormMatch(Attack):
             raise ValueError(f"slack must be > 0, got {self.slack}")
 
     def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
+        if not knowledge.partners:
+            raise UsageError("norm-match needs a partner, whose task vector says what is ordinary")
         base, state = knowledge.base, dict(released)
         partners = [task_vector(partner, base) for partner in knowledge.partners]
         for key, tau in task_vector(released, base).items():

@@ -156,10 +156,14 @@ class Members(NamedTuple):
 
 
 class Attack(ABC):
-    """Undoes a defense, before the merge (``recover``, ``members``) or after it (``refine``)."""
+    """Undoes a defense, before the merge (``recover``, ``members``) or after it (``refine``).
+
+    ``expected_failed_checks``: checks of :mod:`benchmark.conformance` it may fail, each with why.
+    """
 
     card: ClassVar[Card]
     access: ClassVar[Access]
+    expected_failed_checks: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:

@@ -191,7 +191,7 @@ class Knowledge:
             )
             for name, batch in inputs.items()
         }
-        return self._train(start, blank, rng, recipe or self.recipe, loss, passes=2)
+        return self._train(start, blank, rng, recipe or self.recipe, loss, forward_only=1)
 
     def _train(
         self,
@@ -200,12 +200,14 @@ class Knowledge:
         rng: torch.Generator,
         recipe: Recipe,
         loss: Loss | None,
-        passes: int,
+        passes: int = 1,
+        forward_only: int = 0,
     ) -> State:
         assert self._fine_tune is not None
         self.budget.steps += recipe.steps
         # A backward pass costs two forward passes.
-        self.budget.flops += 3 * self._flops * recipe.steps * recipe.batch_size * passes
+        each = (3 * passes + forward_only) * self._flops
+        self.budget.flops += each * recipe.steps * recipe.batch_size
         return self._fine_tune(start, examples, rng, recipe=recipe, loss=loss)
 
     def _chosen(self, victim_only: bool) -> dict[str, Task]:

@@ -26,10 +26,14 @@ class Seconds(BaseModel):
 
 
 class Spent(BaseModel):
-    """What the attack used: examples, optimisation steps, model FLOPs."""
+    """What the attack used: examples, optimisation steps, model FLOPs.
+
+    ``examples`` counts those of all tasks; ``per_class`` the labelled ones of each class.
+    """
 
     model_config = ConfigDict(extra="forbid")
     examples: int = 0
+    per_class: int = 0
     steps: int = 0
     flops: float = 0.0
 
@@ -58,12 +62,15 @@ class Cell(BaseModel):
     ``utility`` and ``standalone``: accuracy of the release, and of the recovered model, used alone.
     ``logit_gap``, ``recovered_gap``: max relative |Δlogit| of release against expert, and of the
     recovered model against the release. ``qk_gauge``: the group to which the architecture confines
-    a lock on Q and K: general, rotary or sign. ``ensemble``: for an attack that is one, its version,
-    which of its attacks won, the screening's scores and failures, and forward passes. ``bf16_gap``
-    and ``bf16_gap_expert``: what storing
+    a lock on Q and K: general, rotary or sign. ``ensemble``: for an attack that is one, its
+    version, which of its attacks won, the screening's scores and failures, and forward passes.
+    ``bf16_gap`` and ``bf16_gap_expert``: what storing
     release and expert in bfloat16 costs, likewise. ``correct``: per-example test outcomes of the
-    chosen models, as hex, from which intervals are recomputed. ``notes``: what the defense reported
-    of its making, such as a search for its weight.
+    chosen models, as hex, from which intervals are recomputed. ``benign``: what an honest user did
+    (bf16, int8, pruned, fine-tuned, lora) → accuracy after it of ``released`` (as shipped) and of
+    the unprotected ``expert``; in unattacked cells of the suite's first merger, if the suite asks.
+    ``notes``: what the defense reported of its making, such as a search for its weight, and
+    ``benign.<use>.<model>``: why a use is left out or counts as 0.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -110,5 +117,6 @@ class Cell(BaseModel):
     sha256: Hashes = Field(default_factory=Hashes)
     seconds: Seconds = Field(default_factory=Seconds)
     budget: Spent = Field(default_factory=Spent)
+    benign: dict[str, dict[str, float]] = Field(default_factory=dict)
     flags: list[str] = Field(default_factory=list)
     notes: dict[str, object] = Field(default_factory=dict)

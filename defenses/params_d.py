@@ -40,7 +40,7 @@ class PaRaMSD(Rearrangement, Defense):
     variant: Literal["dare", "wanda"] = "dare"
     drop: float = 0.1
     share: float = 0.2
-    examples: int = 128
+    examples: int = 32
 
     card: ClassVar[Card] = Card(
         summary="Prunes the expert, permutes MLP units away from the base and scales heads",

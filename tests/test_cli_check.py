@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Cli
 
-from benchmark.conformance import DEFENSE_CHECKS
+from benchmark.conformance import ATTACK_CHECKS, DEFENSE_CHECKS
 
 BROKEN = """
 from dataclasses import dataclass
@@ -101,6 +101,60 @@ def test_a_wrong_line_is_one_error_with_exit_code_2(
 
 
 def test_help_has_examples(cli: Cli) -> None:
-    code, text = cli("check", "defense", "--help")
+    for kind, name in (("defense", "params"), ("attack", "gauge-align")):
+        code, text = cli("check", kind, "--help")
+        assert code == 0
+        assert f"unmergebench check {kind} {name}" in text
+
+
+# Attacks
+
+GREEDY = """
+from dataclasses import dataclass
+from benchmark.contracts import Access, Attack, Card
+
+@dataclass(frozen=True)
+class Greedy(Attack):
+    card = Card("declares weights, and wants labels")
+    access = Access.WEIGHTS
+
+    def recover(self, released, knowledge, rng):
+        knowledge.labeled(4, rng)
+        return dict(released)
+"""
+
+
+def test_a_sound_attack_exits_with_0(cli: Cli) -> None:
+    code, text = cli("check", "attack", "head-norm", "--only", "equivalence", "--only", "card")
     assert code == 0
-    assert "unmergebench check defense params" in text
+    assert "head-norm: 2 passed" in text
+
+
+def test_an_attack_past_its_tier_exits_with_1(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("greedy.py").write_text(GREEDY)
+    arguments = ["check", "attack", "greedy.py:Greedy", "--only", "access-tier", "--json"]
+    code, text = cli(*arguments)
+    found = json.loads(text)
+    assert code == 1
+    assert (found["kind"], found["passed"]) == ("attack", False)
+    assert "needs access 'labeled'; only 'weights' given" in found["checks"][0]["message"]
+    code, _ = cli(*arguments, "--expect", "access-tier=on purpose")
+    assert code == 0
+
+
+def test_list_names_every_check_of_attacks(cli: Cli) -> None:
+    code, text = cli("check", "attack", "--list", "--json")
+    assert code == 0
+    assert [row["check"] for row in json.loads(text)] == [c.name for c in ATTACK_CHECKS.all()]
+
+
+def test_which_attack(cli: Cli) -> None:
+    code, text = cli("check", "attack")
+    assert code == 2
+    assert "which attack?" in text
+    code, text = cli("check", "attack", "none", "--only", "shipped")
+    assert code == 2
+    assert "--only: unknown check 'shipped'" in text

@@ -47,9 +47,37 @@ def test_protect_then_attack(models: Path, cli: Cli) -> None:
     code, text = cli("attack", locked, "--base", base, "--attack", "gauge-align", "--out", back)
     assert code == 0
     assert "distance from the base" in text
+    assert "looks like a per-head diagonal lock with an MLP permutation; undone" in text
     recovered, expert, start = _state(back), _state(one), _state(base)
     key = "encoder.layer.0.attention.self.query.weight"
     assert (recovered[key] - start[key]).norm() < 2 * (expert[key] - start[key]).norm()
+
+
+SAYS = {
+    "auto": "looks like a per-head general lock; undone",
+    "aga": "looks like a per-head general lock; undone",
+    "none": "looks like a per-head general lock; not undone; 1 of ‖τ‖ is left",
+}
+
+
+@pytest.mark.parametrize("attack", SAYS)
+def test_attack_says_what_it_found(attack: str, models: Path, cli: Cli) -> None:
+    base, one, locked = (models / n for n in ("base", "one", "locked"))
+    assert cli("protect", one, "--base", base, "--defense", "mergelock", "--out", locked)[0] == 0
+    arguments = ("--base", base, "--attack", attack, "--out", models / "back", "--json")
+    code, text = cli("attack", locked, *arguments)
+    found = json.loads(text)["found"]
+    assert code == 0
+    assert found["summary"].startswith(SAYS[attack])
+    assert (found["qk"], found["vo"], found["units_moved"]) == ("general", "general", 0)
+    assert found["undone"] is (attack != "none")
+    back, start = _state(models / "back"), _state(base)
+    key = "encoder.layer.0.attention.self.value.weight"
+    moved = (_state(locked)[key] - start[key]).norm()
+    assert found["residual"] == 1 or (back[key] - start[key]).norm() < 0.1 * moved
+    code, text = cli("attack", one, *arguments[:-2], models / "plain")
+    assert code == 0
+    assert "no lock found" in text
 
 
 def test_protect_depends_on_its_seed_only(models: Path, cli: Cli) -> None:

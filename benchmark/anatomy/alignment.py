@@ -20,6 +20,7 @@ from benchmark.anatomy.gauge import (
     permute_heads,
     permute_units,
     rotary_matrix,
+    scale_units,
     within,
 )
 from benchmark.checkpoint import State
@@ -45,6 +46,8 @@ def align(state: Mapping[str, Tensor], anchor: Mapping[str, Tensor], anatomy: An
             block.k.bias.write(out, block.k.bias.read(anchor))
     for mlp in anatomy.mlp:
         permute_units(out, mlp, match_units(mlp, out, anchor))
+        if mlp.unit_scale is not None:
+            scale_units(out, mlp, unit_scales(mlp, out, anchor))
     return out
 
 
@@ -223,26 +226,55 @@ def rotary_gauge(first: Tensor, first0: Tensor, second: Tensor, second0: Tensor)
         torch.complex(side[:, :half], side[:, half:]) for side in (first, first0, second, second0)
     )
     on_x, on_y = ((side * anchor.conj()).sum(2) for side, anchor in ((x, x0), (y, y0)))
-    squares = [side.abs().square().sum(2) for side in (x, y)]
+    xx, yy = (side.abs().square().sum(2) for side in (x, y))
+    z = _factor(xx, yy, on_x, on_y)
+    return rotary_matrix(z.real, z.imag)
+
+
+def unit_scales(
+    block: MLPBlock, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+) -> Tensor:
+    """The c for ``scale_units`` that brings up and down nearest to the anchor's: (n,) float64.
+
+    As :func:`rotary_gauge` with real factors, of the signs ``block.unit_scale`` allows.
+    """
+
+    def sides(source: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        up = [
+            slot.read(source).double().reshape(block.width(source), -1) for slot in block.up.slots()
+        ]
+        return torch.cat(up, 1), block.down.weight.read(source).double().T
+
+    (x, y), (x0, y0) = sides(state), sides(anchor)
+    on_x, on_y = (x * x0).sum(1), (y * y0).sum(1)
+    if block.unit_scale == "positive":
+        # A unit that points away from its anchor is better left alone than turned.
+        on_x, on_y = on_x.clamp(min=0), on_y.clamp(min=0)
+    return _factor(x.square().sum(1), y.square().sum(1), on_x, on_y)
+
+
+def _factor(xx: Tensor, yy: Tensor, on_x: Tensor, on_y: Tensor) -> Tensor:
+    """z = r·u, |u| = 1, minimising ‖z·x − x0‖² + ‖y/z̄ − y0‖² elementwise; 1 where nothing is won.
+
+    ``on_x`` = ⟨x, x0⟩ and ``on_y`` likewise, real or complex; ``xx`` = ‖x‖², ``yy`` = ‖y‖².
+    """
 
     def objective(log_r: Tensor) -> Tensor:
-        """f at (..., kv_heads, dh/2) radii."""
         r = log_r.exp()
-        return r**2 * squares[0] + squares[1] / r**2 - 2 * (r * on_x + on_y / r).abs()
+        return r**2 * xx + yy / r**2 - 2 * (r * on_x + on_y / r).abs()
 
-    best, step = torch.zeros_like(squares[0]), 12.0
+    best, step = torch.zeros_like(xx), 12.0
+    grid = torch.linspace(-1, 1, 41, dtype=xx.dtype, device=xx.device)
+    grid = grid.reshape(-1, *[1] * xx.ndim)
     for _ in range(12):  # each round narrows the bracket twentyfold, to 1e-14 of the radius
-        offsets = torch.linspace(-step, step, 41, dtype=best.dtype, device=best.device)
-        tried = best + offsets[:, None, None]
+        tried = best + step * grid
         best = tried.gather(0, objective(tried).argmin(0)[None])[0]
         step /= 20
     r = best.exp()
     c = r * on_x + on_y / r
-    turn = c.conj() / c.abs().clamp_min(torch.finfo(r.dtype).tiny)
-    unmoved = squares[0] + squares[1] - 2 * (on_x + on_y).real
-    gains = objective(best) < unmoved
-    z = torch.where(gains & (c.abs() > 0), r * turn, torch.ones_like(turn))
-    return rotary_matrix(z.real, z.imag)
+    turn = c.conj() / c.abs().clamp_min(torch.finfo(xx.dtype).tiny)
+    gains = objective(best) < xx + yy - 2 * (on_x + on_y).real
+    return torch.where(gains & (c.abs() > 0), r * turn, torch.ones_like(turn))
 
 
 def assign(similarity: Tensor) -> Tensor:

@@ -146,6 +146,14 @@ class MLPBlock:
     gate: Linear | None = None
     activation: str = "gelu"
 
+    @property
+    def unit_scale(self) -> Literal["signed", "positive"] | None:
+        """Which factors c per unit, up → c·up and down → down/c, keep the function: any in a gated
+        MLP, positive ones under ReLU, none elsewhere (METHODS section 1)."""
+        if self.gate is not None:
+            return "signed"
+        return "positive" if self.activation == "relu" else None
+
     def rows(self) -> Iterator[Slot]:
         """The slots whose rows are the hidden units (their columns in ``down`` go along)."""
         for linear in (self.up, self.gate):

@@ -46,6 +46,19 @@ def permute_units(state: State, block: MLPBlock, permutation: Tensor) -> None:
     down.write(state, down.read(state)[:, permutation])
 
 
+def scale_units(state: State, block: MLPBlock, scale: Tensor) -> None:
+    """up → c·up (bias too) and down → down/c per hidden unit. ``scale``: (n,), not zero.
+
+    The caller answers for c being in ``block.unit_scale``.
+    """
+    c = scale.double()
+    for slot in block.up.slots():
+        value = slot.read(state).double()
+        slot.write(state, value * (c[:, None] if value.ndim > 1 else c))
+    down = block.down.weight
+    down.write(state, down.read(state).double() / c)
+
+
 def permute_heads(state: State, block: AttentionBlock, permutation: Tensor) -> None:
     """KV group i (its query heads and O columns with it) becomes the old ``permutation[i]``."""
     permutation = permutation.to(state[block.o.weight.key].device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +10,7 @@ from benchmark.cli.output import Json, console, facts, print_json, steps, table
 from benchmark.errors import UsageError
 
 if TYPE_CHECKING:
-    from benchmark.conformance.frame import Report
+    from benchmark.conformance.frame import Checks, Report
 
 Method = Annotated[
     str | None, typer.Argument(metavar="NAME", help="A name, file.py:Class, or a spec of them.")
@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     """Add the command group to ``app``."""
     group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
     group.command("defense")(defense)
+    group.command("attack")(attack)
     app.add_typer(group, name="check", help="Check a method's contract on tiny models.")
 
 
@@ -61,19 +62,61 @@ def defense(
     from benchmark.conformance import DEFENSE_CHECKS, check_defense
 
     if list_checks:
-        rows = [(check.name, check.doc) for check in DEFENSE_CHECKS.all()]
-        if as_json:
-            print_json([{"check": check, "asks": doc} for check, doc in rows])
-        else:
-            console().print(facts("", rows))
+        _list(DEFENSE_CHECKS, as_json)
         return
     if name is None:
         raise UsageError("which defense? Give a name, or file.py:Class; --list prints the checks")
+    expected = _expected(expect or ())
     with steps(1 + len(only or DEFENSE_CHECKS.all())) as notify:
         report = check_defense(
-            name, only=only or (), expected_failed_checks=_expected(expect or ()), notify=notify
+            name, only=only or (), expected_failed_checks=expected, notify=notify
         )
     _show(report, as_json)
+
+
+def attack(
+    name: Method = None,
+    only: Only = None,
+    expect: Expect = None,
+    list_checks: List = False,
+    as_json: Json = False,
+) -> None:
+    """Check that an attack keeps its contract and its access tier, on tiny random models.
+
+    Exit code 1 if a check fails that was not expected to. A class may declare its own
+    expected_failed_checks = {check: reason}.
+
+    [bold]Examples[/bold]
+
+      unmergebench check attack gauge-align
+
+      unmergebench check attack 'my_attack.py:MyAttack(strength=2)'
+
+      unmergebench check attack my_attack.py:MyAttack --only access-tier --only budget
+
+      unmergebench check attack gauge-align+my_attack.py:MyAttack
+
+      unmergebench check attack --list
+    """
+    from benchmark.conformance import ATTACK_CHECKS, check_attack
+
+    if list_checks:
+        _list(ATTACK_CHECKS, as_json)
+        return
+    if name is None:
+        raise UsageError("which attack? Give a name, or file.py:Class; --list prints the checks")
+    expected = _expected(expect or ())
+    with steps(1 + len(only or ATTACK_CHECKS.all())) as notify:
+        report = check_attack(name, only=only or (), expected_failed_checks=expected, notify=notify)
+    _show(report, as_json)
+
+
+def _list(checks: Checks[Any], as_json: bool) -> None:
+    rows = [(check.name, check.doc) for check in checks.all()]
+    if as_json:
+        print_json([{"check": check, "asks": doc} for check, doc in rows])
+    else:
+        console().print(facts("", rows))
 
 
 def _expected(options: list[str] | tuple[()]) -> dict[str, str]:

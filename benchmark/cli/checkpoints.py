@@ -145,19 +145,22 @@ def attack(
 ) -> None:
     """Attack a protected checkpoint with the weights alone.
 
-    It tells whether a release can be brought back to where merging works.
+    It says what the release looks like, what is left of it, and writes what it recovered.
 
     Attacks that need data run in `unmergebench run`.
 
     [bold]Examples[/bold]
 
-      unmergebench attack RELEASED --base BASE --attack gauge-align --out RECOVERED
+      unmergebench attack RELEASED --base BASE --attack auto --out RECOVERED
+
+      unmergebench attack RELEASED --base BASE --attack gauge-align --out OUT --json
 
       unmergebench attack RELEASED --base BASE --attack head-norm+weight-matching --out OUT
     """  # fmt: skip
     import torch
 
     from benchmark import folders, methods, probe
+    from benchmark.anatomy.diagnosis import diagnose
     from benchmark.checkpoint import compatible, to_device
     from benchmark.cli.single import (
         changed,
@@ -176,7 +179,7 @@ def attack(
     where = resolve(device)
     others = partner or []
     folders.check_out(out, [released, base, *others], force)
-    with steps(4) as step:
+    with steps(5) as step:
         step("reading")
         source, origin = folders.load(released), folders.load(base)
         compatible(source.state, origin.state, f"released model {released}")
@@ -194,6 +197,8 @@ def attack(
             check_unmoved(moved, was, method.spec)
         recovered = members.released
         check_result(recovered, theta0, method.spec)
+        step("comparing weights")
+        found = diagnose(before, theta0, source.anatomy, recovered)
         step("comparing outputs")
         gap = probe.gap(source, before, recovered)
         step("writing")
@@ -201,6 +206,7 @@ def attack(
     result = {
         "attack": method.spec,
         "summary": method.method.card.summary,
+        "found": found.to_dict(),
         "changed_tensors": changed(recovered, before),
         "tensors": len(before),
         "distance_before": probe.relative_distance(before, theta0, source.anatomy),

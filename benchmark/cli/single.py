@@ -106,6 +106,8 @@ def report(result: dict[str, Any], as_json: bool, against: str = "") -> None:
         print_json(result)
         return
     rows: list[tuple[str, object]] = [("what", result["summary"])]
+    if "found" in result:
+        rows.append(("found", result["found"]["summary"]))
     if "setting" in result:
         rows.append(
             ("coefficients", ", ".join(f"{c:g}" for c in result["setting"]["coefficients"]))

@@ -1,8 +1,9 @@
 """Does a method keep its contract? Checks for anybody's class, on tiny models, without downloads.
 
-from benchmark.conformance import check_defense, defense_checks
+from benchmark.conformance import attack_checks, check_attack, check_defense, defense_checks
 
 assert check_defense("my_defense.py:MyDefense").passed
+assert check_attack("my_attack.py:MyAttack").passed
 
 @pytest.mark.parametrize(("name", "check"), defense_checks("my_defense.py:MyDefense"))
 def test_contract(name, check):
@@ -12,23 +13,38 @@ def test_contract(name, check):
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TypeVar
 
 from benchmark import methods
 from benchmark.conformance import frame
+from benchmark.conformance.attacks import check as ATTACK_CHECKS
+from benchmark.conformance.case import AnyCase, warm_up
 from benchmark.conformance.defenses import check as DEFENSE_CHECKS
-from benchmark.conformance.frame import CheckFailed, Outcome, Report
-from benchmark.conformance.subjects import DefenseCase, warm_up
-from benchmark.contracts import Defense
+from benchmark.conformance.frame import CheckFailed, Checks, Outcome, Report
+from benchmark.conformance.scenes import AttackCase
+from benchmark.conformance.subjects import DefenseCase
+from benchmark.contracts import Attack, Defense
 from benchmark.methods import Named
 
 __all__ = [
+    "ATTACK_CHECKS",
     "DEFENSE_CHECKS",
     "CheckFailed",
     "Outcome",
     "Report",
+    "attack_checks",
+    "check_attack",
     "check_defense",
     "defense_checks",
 ]
+
+Notify = Callable[[str], None]
+Tests = Iterator[tuple[str, Callable[[], None]]]
+C = TypeVar("C", bound=AnyCase)
+
+
+def _silent(name: str) -> None:
+    """Hears nothing."""
 
 
 def check_defense(
@@ -36,7 +52,7 @@ def check_defense(
     *,
     only: Collection[str] = (),
     expected_failed_checks: Mapping[str, str] | None = None,
-    notify: Callable[[str], None] = lambda name: None,
+    notify: Notify = _silent,
 ) -> Report:
     """Check a defense, given as a spec (``name``, ``file.py:Class``, ``a+b``) or an instance.
 
@@ -48,38 +64,75 @@ def check_defense(
     Raises:
         UsageError: no such method, or no check of a name in ``only`` or the expected failures.
     """
-    notify("loading tiny models")
-    case, expected = _defense(method, expected_failed_checks)
-    chosen = DEFENSE_CHECKS.named(only, "--only") if only else DEFENSE_CHECKS.all()
-    warm_up()  # so that no check is charged with importing an architecture
-    return frame.run("defense", case.spec, chosen, case, expected, notify)
+    return _report(DEFENSE_CHECKS, _defense(method), only, expected_failed_checks, notify)
+
+
+def check_attack(
+    method: str | Attack,
+    *,
+    only: Collection[str] = (),
+    expected_failed_checks: Mapping[str, str] | None = None,
+    notify: Notify = _silent,
+) -> Report:
+    """Check an attack. Arguments and errors as of :func:`check_defense`."""
+    return _report(ATTACK_CHECKS, _attack(method), only, expected_failed_checks, notify)
 
 
 def defense_checks(
     method: str | Defense, *, expected_failed_checks: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, Callable[[], None]]]:
+) -> Tests:
     """(name, test function) of every check, for ``pytest.mark.parametrize``.
 
     A test function raises :class:`CheckFailed`, or ``unittest.SkipTest`` (also for an expected
     failure). Raises as :func:`check_defense`.
     """
-    case, expected = _defense(method, expected_failed_checks)
-    for check in DEFENSE_CHECKS.all():
-        yield check.name, frame.as_test(check, case, expected)
+    return _tests(DEFENSE_CHECKS, _defense(method), expected_failed_checks)
 
 
-def _defense(
-    method: str | Defense, expected: Mapping[str, str] | None
-) -> tuple[DefenseCase, dict[str, str]]:
-    named = (
-        methods.defense(method) if isinstance(method, str) else Named(type(method).__name__, method)
-    )
-    case = DefenseCase(named)
+def attack_checks(
+    method: str | Attack, *, expected_failed_checks: Mapping[str, str] | None = None
+) -> Tests:
+    """As :func:`defense_checks`, for an attack."""
+    return _tests(ATTACK_CHECKS, _attack(method), expected_failed_checks)
+
+
+def _defense(method: str | Defense) -> DefenseCase:
+    if isinstance(method, str):
+        return DefenseCase(methods.defense(method))
+    return DefenseCase(Named(type(method).__name__, method))
+
+
+def _attack(method: str | Attack) -> AttackCase:
+    if isinstance(method, str):
+        return AttackCase(methods.attack(method))
+    return AttackCase(Named(type(method).__name__, method))
+
+
+def _report(
+    checks: Checks[C],
+    case: C,
+    only: Collection[str],
+    expected: Mapping[str, str] | None,
+    notify: Notify,
+) -> Report:
+    expect = _expected(checks, case, expected)
+    chosen = checks.named(only, "--only") if only else checks.all()
+    notify("loading tiny models")
+    warm_up(case)
+    return frame.run(checks.kind, case.spec, chosen, case, expect, notify)
+
+
+def _tests(checks: Checks[C], case: C, expected: Mapping[str, str] | None) -> Tests:
+    expect = _expected(checks, case, expected)
+    for check in checks.all():
+        yield check.name, frame.as_test(check, case, expect)
+
+
+def _expected(checks: Checks[C], case: AnyCase, given: Mapping[str, str] | None) -> dict[str, str]:
+    """What may fail, and why: as the class and its parts declare, and as the caller says."""
     merged: dict[str, str] = {}
     for part in case.parts:
-        DEFENSE_CHECKS.named(
-            part.expected_failed_checks, f"{type(part).__name__}.expected_failed_checks"
-        )
+        checks.named(part.expected_failed_checks, f"{type(part).__name__}.expected_failed_checks")
         merged |= part.expected_failed_checks
-    DEFENSE_CHECKS.named(expected or (), "--expect")
-    return case, {**merged, **(expected or {})}
+    checks.named(given or (), "--expect")
+    return {**merged, **(given or {})}

@@ -1,4 +1,4 @@
-"""The checks of a defense's definition: class, card, parameters. They run nothing of it."""
+"""The checks of any method's definition: class, card, parameters. They run nothing of it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmark.conformance import guards
+from benchmark.conformance.case import AnyCase
 from benchmark.conformance.frame import CheckFailed, Checks
-from benchmark.conformance.subjects import DefenseCase
-from benchmark.contracts import Card, Defense
+from benchmark.contracts import Card
 from benchmark.errors import UsageError
 from benchmark.specs import build, canonical, field_type, parameters, parse
 
-check: Checks[DefenseCase] = Checks("defense")
+#: Part of the list of every kind of method.
+check: Checks[AnyCase] = Checks("method")
 
 
 @check
-def frozen_dataclass(case: DefenseCase) -> None:
+def frozen_dataclass(case: AnyCase) -> None:
     """The class is a frozen dataclass that compares by its fields, each of a type specs can set."""
     for part in case.parts:
         cls = type(part)
@@ -33,7 +34,7 @@ def frozen_dataclass(case: DefenseCase) -> None:
 
 
 @check
-def card(case: DefenseCase) -> None:
+def card(case: AnyCase) -> None:
     """The card says what it does and where it is from; a method names its paper or is `ours`."""
     for part in case.parts:
         found = getattr(part, "card", None)
@@ -50,7 +51,7 @@ def card(case: DefenseCase) -> None:
 
 
 @check
-def parameters_round_trip(case: DefenseCase) -> None:
+def parameters_round_trip(case: AnyCase) -> None:
     """The spec string of the method, and of each other choice it offers, builds an equal method."""
     for part in case.parts:
         for variant in _variants(part):
@@ -65,7 +66,7 @@ def parameters_round_trip(case: DefenseCase) -> None:
 
 
 @check
-def parameters_refused(case: DefenseCase) -> None:
+def parameters_refused(case: AnyCase) -> None:
     """Unknown parameters, and values of no sensible type, are refused."""
     for part in case.parts:
         cls, unknown = type(part), "no_such_parameter"
@@ -85,7 +86,7 @@ def parameters_refused(case: DefenseCase) -> None:
 
 
 @check
-def construction(case: DefenseCase) -> None:
+def construction(case: AnyCase) -> None:
     """Building it draws nothing, sets nothing, writes nothing and starts nothing."""
     for part in case.parts:
         build(type(part), "warm-up", parameters(part))  # its first imports are no side effect
@@ -119,7 +120,7 @@ def _fields(part: Any) -> tuple[dataclasses.Field[Any], ...]:
     return tuple(field for field in dataclasses.fields(part) if field.init)
 
 
-def _variants(part: Defense) -> Iterator[Defense]:
+def _variants(part: Any) -> Iterator[Any]:
     """The method, and with each field in turn at each of its other choices, if it allows that."""
     yield part
     for field in _fields(part):

@@ -53,6 +53,11 @@ class Checks(Generic[S]):
         self._checks[name] = Check(name, function)
         return function
 
+    def include(self, shared: Checks[Any]) -> None:
+        """Add the checks of another list after those there are."""
+        for check in shared.all():
+            self(check.function)
+
     def all(self) -> tuple[Check[S], ...]:
         """In the order of definition."""
         return tuple(self._checks.values())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,3 +55,18 @@ class Watch(TorchDispatchMode):
         self._known[identity] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+@contextmanager
+def optimizer_steps() -> Iterator[list[str]]:
+    """The steps that torch optimizers take meanwhile, as the names of their classes."""
+    seen: list[str] = []
+
+    def note(optimizer: Any, *_: object) -> None:
+        seen.append(type(optimizer).__name__)
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()

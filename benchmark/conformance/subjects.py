@@ -1,26 +1,20 @@
-"""A method on the tiny testbeds: fresh inputs for every call, and results that checks share."""
+"""A defense on the tiny testbeds, and the experts that all checks start from."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from benchmark.checkpoint import State, digest, to_device
-from benchmark.conformance.frame import CheckFailed
+from benchmark.checkpoint import State, digest
+from benchmark.conformance.case import Case, Device, Result
 from benchmark.conformance.guards import reseed
-from benchmark.conformance.testbed import ARCHITECTURES, Architecture, Tiny
+from benchmark.conformance.testbed import Architecture, Tiny
 from benchmark.contracts import Defense, Victim
-from benchmark.data import Split
-from benchmark.errors import MethodError, UsageError
+from benchmark.data import Split, Task
 from benchmark.evaluation.accuracy import Evaluator
-from benchmark.methods import Named
 from benchmark.training import Loss, Recipe, fine_tune
-
-#: What a method raises to say that it does not work on an architecture or a dtype.
-REFUSALS = (MethodError, UsageError)
 
 
 @functools.cache
@@ -31,20 +25,17 @@ def expert(testbed: Tiny, task: str) -> State:
     return fine_tune(testbed, {task: what}, testbed.base(), {task: what.train}, rng)
 
 
-def warm_up() -> None:
-    """Build every tiny model and its expert."""
-    for architecture in ARCHITECTURES:
-        expert(Tiny(architecture), "first")
+def copies(state: State, dtype: torch.dtype, device: Device) -> State:
+    """``state`` in memory of its own."""
+    return {key: value.to(device, dtype, copy=True) for key, value in state.items()}
 
 
-def victim(
-    testbed: Tiny, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Victim:
+def victim(testbed: Tiny, *, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Victim:
     """The owner's side of the first task, sharing no memory with any other call's."""
     task = testbed.task(testbed.tasks[0]).to(device)
 
     def ours(state: State) -> State:
-        return {key: value.to(device, dtype, copy=True) for key, value in state.items()}
+        return copies(state, dtype, device)
 
     def train(
         start: State,
@@ -69,88 +60,41 @@ def victim(
     )
 
 
-class DefenseCase:
+class DefenseCase(Case[Defense, Victim]):
     """One defense under check."""
 
-    def __init__(self, named: Named[Defense]) -> None:
-        self.spec = named.spec
-        self.method = named.method
-        self._released: dict[Architecture, State | Exception] = {}
+    def inputs(
+        self, testbed: Tiny, *, dtype: torch.dtype = torch.float32, device: Device = "cpu"
+    ) -> Victim:
+        return victim(testbed, dtype=dtype, device=device)
+
+    def call(self, method: Defense, inputs: Victim, rng: torch.Generator) -> Result:
+        return {"the release": method.protect(inputs, rng)}
+
+    def exercise(self, inputs: Victim, rng: torch.Generator) -> None:
+        release = self.method.protect(inputs, rng)
+        self.method.shipped(inputs, release, rng)
+
+    def states(self, inputs: Victim) -> tuple[State, ...]:
+        return inputs.base, inputs.expert
+
+    def fingerprint(self, inputs: Victim) -> dict[str, str]:
+        states = {"base": inputs.base, "expert": inputs.expert}
+        return {name: digest(state) for name, state in states.items()} | data_of([inputs.task])
 
     @property
-    def parts(self) -> tuple[Defense, ...]:
-        """The defenses of a chain, or the one there is."""
-        found: tuple[Defense, ...] = getattr(self.method, "parts", (self.method,))
-        return found
-
-    @functools.cached_property
-    def testbed(self) -> Tiny:
-        """The first tiny testbed the defense does not refuse.
-
-        Raises:
-            CheckFailed: it refuses all of them.
-        """
-        for architecture in ARCHITECTURES:
-            try:
-                self.released(architecture)
-            except REFUSALS as refusal:
-                last = refusal
-            except Exception:
-                return Tiny(architecture)  # the checks tell
-            else:
-                return Tiny(architecture)
-        raise CheckFailed(f"refuses every architecture ({', '.join(ARCHITECTURES)}): {last}")
-
-    @property
-    def release(self) -> State:
-        """What it released on :attr:`testbed` under seed 0. Shared: never edit."""
-        return self.released(self.testbed.architecture)
+    def trains(self) -> bool:
+        return self.method.card.trains
 
     def released(self, architecture: Architecture) -> State:
-        """What it released on a tiny model under seed 0, made once; raises what it raised."""
-        if architecture not in self._released:
-            try:
-                self._released[architecture] = self.protect(victim(Tiny(architecture)))
-            except Exception as error:
-                self._released[architecture] = error
-        found = self._released[architecture]
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def protect(
-        self,
-        owner: Victim | None = None,
-        *,
-        method: Defense | None = None,
-        seed: int = 0,
-        world: int | None = 0,
-    ) -> State:
-        """One release, from fresh inputs unless given. ``world`` seeds the global generators."""
-        if world is not None:
-            reseed(world)
-        owner = owner or victim(self.testbed)
-        return (method or self.method).protect(owner, torch.Generator().manual_seed(seed))
+        """The release on a tiny model under seed 0, made once; raises what it raised."""
+        return self.on(architecture)["the release"]
 
     def shipped(self, architecture: Architecture, seed: int = 0) -> State:
         """What users of the release of :meth:`released` run."""
         reseed(0)
         owner, rng = victim(Tiny(architecture)), torch.Generator().manual_seed(seed)
         return self.method.shipped(owner, self.released(architecture), rng)
-
-    def on_device(self, device: torch.device) -> State:
-        """The release made on another device, and brought to the CPU.
-
-        Raises:
-            CheckFailed: a tensor of it is elsewhere.
-        """
-        state = self.protect(victim(self.testbed, device=device))
-        for key, value in state.items():
-            if value.device.type != device.type:
-                raise CheckFailed(
-                    f"on {device}, tensor {key!r} of the release is on {value.device}"
-                )
-        return to_device(state, "cpu")
 
 
 def logits(architecture: Architecture, state: State) -> torch.Tensor:
@@ -167,13 +111,11 @@ def accuracy(architecture: Architecture, state: State) -> float:
     return float((logits(architecture, state).argmax(1) == task.test.labels).float().mean())
 
 
-def fingerprint(owner: Victim) -> dict[str, Any]:
-    """What a defense must not write to, as hashes by name."""
-    splits = {name: owner.task.split(name).digest() for name in ("train", "validation", "test")}
-    return {
-        "base": digest(owner.base),
-        "expert": digest(owner.expert),
-        "head": digest({"head": owner.task.head}),
-        "module": digest(dict(owner.module.state_dict())),
-        **splits,
-    }
+def data_of(tasks: Iterable[Task]) -> dict[str, str]:
+    """Hashes of what tasks hold, by name."""
+    found = {}
+    for task in tasks:
+        found[f"head of {task.name}"] = digest({"head": task.head})
+        for name in ("train", "validation", "test"):
+            found[f"{name} split of {task.name}"] = task.split(name).digest()
+    return found

@@ -6,6 +6,7 @@ function shows in the logits; head_dim / width = 1/8 as in real models.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ _SHAPE = {
 
 @dataclass(frozen=True)
 class Tiny(Testbed):
-    """A model of 2 layers and width 32 with two three-class tasks."""
+    """A model of 2 layers and width 32 with three three-class tasks."""
 
     architecture: Architecture = "vit"
 
@@ -47,7 +48,7 @@ class Tiny(Testbed):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return ("first", "second")
+        return ("first", "second", "third")
 
     @property
     def recipe(self) -> Recipe:
@@ -58,10 +59,10 @@ class Tiny(Testbed):
         return ("embed_tokens.",) if self.architecture == "llama" else ("embeddings.",)
 
     def content_hash(self) -> str:
-        return hashlib.sha256(f"tiny 1 {self.architecture}".encode()).hexdigest()
+        return hashlib.sha256(f"tiny 2 {self.architecture}".encode()).hexdigest()
 
     def base(self) -> State:
-        return self.initialise(torch.Generator().manual_seed(0))
+        return {key: value.clone() for key, value in _base(self).items()}
 
     def module(self) -> torch.nn.Module:
         return _module(self.architecture)
@@ -78,7 +79,11 @@ class Tiny(Testbed):
         return out
 
     def task(self, name: str) -> Task:
-        """Examples are noisy copies of one prototype per class."""
+        """Examples are noisy copies of one prototype per class. Shares no memory between calls."""
+        return copy.deepcopy(_task(self, name))
+
+    def draw(self, name: str) -> Task:
+        """What :meth:`task` hands out copies of."""
         rng = torch.Generator().manual_seed(100 + self.tasks.index(name))
         prototypes = self._examples(_CLASSES, rng)
         splits = {part: self._split(prototypes, size, rng) for part, size in _SIZES.items()}
@@ -115,6 +120,16 @@ class Tiny(Testbed):
             return Split({"pixel_values": clean + 0.5 * other}, labels)
         kept = torch.rand(n, _LENGTH, generator=rng) < 0.7
         return Split({"input_ids": torch.where(kept, clean, other)}, labels)
+
+
+@functools.cache
+def _base(testbed: Tiny) -> State:
+    return testbed.initialise(torch.Generator().manual_seed(0))
+
+
+@functools.cache
+def _task(testbed: Tiny, name: str) -> Task:
+    return testbed.draw(name)
 
 
 @functools.cache

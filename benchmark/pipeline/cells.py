@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Mapping
 
 from benchmark.checkpoint import digest
-from benchmark.contracts import Setting
+from benchmark.contracts import Access, Attack, Setting
 from benchmark.errors import AssetError
 from benchmark.evaluation.scoring import (
     UTILITY_GATE,
@@ -17,12 +18,13 @@ from benchmark.evaluation.scoring import (
     protection,
 )
 from benchmark.evaluation.statistics import pack_bits, ratio_protection
-from benchmark.methods import attack, defense
+from benchmark.methods import Named, attack, defense, merger
+from benchmark.pipeline import benign
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate, Skip
 from benchmark.pipeline.freerider import FreeRider, Outcome
 from benchmark.pipeline.plan import Planned
-from benchmark.pipeline.suite import Suite
+from benchmark.pipeline.suite import Group, Suite
 from benchmark.pipeline.workbench import Model, Workbench
 from benchmark.records import Cell, Hashes, Seconds, Spent
 
@@ -42,6 +44,7 @@ class CellMaker:
         self.suite = suite
         self.none = defense("none")
         self.no_attack = attack("none")
+        self.first_merger = merger(suite.mergers[0])
 
     def compute(self, planned: Planned) -> Cell:
         """The record of one cell. Whatever a method raises becomes status ``error``.
@@ -98,7 +101,7 @@ class CellMaker:
             recovered=recovered.sha256,
         )
         cell.qk_gauge = bench.anatomy.qk_gauge
-        cell.notes = released.facts.get("notes", {})
+        cell.notes = dict(released.facts.get("notes", {}))
         cell.seconds = Seconds(
             expert=expert.facts["seconds"],
             protect=released.facts["seconds"],
@@ -115,13 +118,44 @@ class CellMaker:
             ),
             key=lambda outcome: outcome.score,
         )
-        cell.budget = Spent(**(attacked.spent or recovered.facts["budget"]))
+        cell.budget = self._spent(attack, recovered.facts["budget"], attacked.spent, group)
         cell.seconds.merge = attacked.seconds
         if cell.ensemble:
             cell.ensemble["search_passes"] = attacked.passes
         self._score(cell, attacked, undefended, outside, planned)
         self._merged(cell, attacked, planned)
+        if self._asks_for_tax(planned):
+            test, other = self.suite.test, group.partners[0]
+            cell.benign, notes = benign.tax(bench, shipped, expert, group.victim, other, test)
+            cell.notes.update(notes)
         cell.flags = self._flags(cell, planned, released, expert)
+
+    def _asks_for_tax(self, planned: Planned) -> bool:
+        """Once per defense, victim and seed is enough: neither attack nor merger plays a part."""
+        plain = planned.attack.spec == self.no_attack.spec
+        return self.suite.benign and plain and planned.merger.spec == self.first_merger.spec
+
+    def _spent(
+        self,
+        attack: Named[Attack],
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        group: Group,
+    ) -> Spent:
+        """What the attack used before and after the merge, together: each draws its own examples.
+
+        Labelled examples per class are what its ``per_class`` says, its parts' added up; those of
+        an attack without such a parameter are counted, spread over all classes.
+        """
+        total = {k: before.get(k, 0) + after.get(k, 0) for k in {*before, *after}}
+        spent = Spent.model_validate(total)
+        if attack.method.access >= Access.LABELED and spent.examples:
+            parts = getattr(attack.method, "parts", (attack.method,))
+            named = sum(getattr(part, "per_class", 0) for part in parts)
+            tasks = (group.victim, *group.partners)
+            classes = sum(len(self.bench.evaluator.task(task).classes) for task in tasks)
+            spent.per_class = named or -(-spent.examples // classes)
+        return spent
 
     def _alone(
         self, cell: Cell, planned: Planned, expert: Model, shipped: Model, recovered: Model

@@ -65,6 +65,7 @@ def make(suite: Suite, device: torch.device) -> Plan:
         suite.validation_rungs,
         suite.fixed_coefficients,
         source_hash("benchmark.pipeline.cells"),
+        *([mergers[0].spec] if suite.benign else []),  # its cells hold the tax
     ]
     cells = []
     for group, seed, defense in product(suite.groups, suite.seeds, defenses):

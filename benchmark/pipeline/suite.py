@@ -42,6 +42,8 @@ class Suite(BaseModel):
     test: int = Field(default=500, ge=10)
     validation_rungs: tuple[int, ...] = Field(default=(8, 32, 128), min_length=1)
     fixed_coefficients: tuple[float, ...] = ()
+    #: Measure the benign-use tax too; users adapt the release to the group's first partner's task.
+    benign: bool = False
 
     @model_validator(mode="after")
     def _sane(self) -> Suite:

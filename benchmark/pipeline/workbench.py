@@ -118,7 +118,7 @@ class Workbench:
 
         def make() -> State:
             examples = {task: self.evaluator.task(task).train}
-            train = self._trainer(f"expert {task}", key)
+            train = self.trainer(f"expert {task}", key)
             trained: State = train(self.evaluator.base, examples, generator("expert", task))
             return trained
 
@@ -162,7 +162,7 @@ class Workbench:
             anatomy=self.anatomy,
             task=self.evaluator.task(victim),
             recipe=self.testbed.recipe,
-            fine_tune=self._trainer(f"{defense.spec} {victim}", node),
+            fine_tune=self.trainer(f"{defense.spec} {victim}", node),
             initialise=lambda rng: to_device(self.testbed.initialise(rng), self.evaluator.device),
             features=self.testbed.features,
             module=self.testbed.module(),
@@ -269,7 +269,7 @@ class Workbench:
             self.anatomy,
             tasks=data,
             recipe=self.testbed.recipe,
-            fine_tune=self._trainer(attack.spec, node),
+            fine_tune=self.trainer(attack.spec, node),
             features=self.testbed.features,
             module=self.testbed.module(),
             second=second,
@@ -364,7 +364,7 @@ class Workbench:
 
         return Model(key, members, self.store.result(f"facts:{key}", facts))
 
-    def _trainer(self, what: str, node: str = "") -> Any:
+    def trainer(self, what: str, node: str = "") -> Any:
         """The fine-tuning helper of one node: its n-th training has the n-th resume file."""
         numbers = itertools.count()
 

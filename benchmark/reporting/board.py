@@ -51,6 +51,9 @@ class Entry(BaseModel):
     by_seed: dict[int, float] = Field(default_factory=dict)
     cells: int = 0
     examples: int = 0
+    per_class: int = 0
+    steps: int = 0
+    flops: float = 0.0
     seconds: float = 0.0
 
     @property
@@ -75,15 +78,32 @@ class Break(BaseModel):
     merger: str
     access: Tier
     examples: int
+    per_class: int = 0
+    flops: float = 0.0
     seconds: float
     protection: float
+
+
+class Use(BaseModel):
+    """Accuracy after something an honest user does: of the released model, and of the expert."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    released: float
+    expert: float
+
+    @property
+    def lost(self) -> float:
+        """Points that the release loses against the expert."""
+        return 100 * (self.expert - self.released)
 
 
 class Row(BaseModel):
     """One defense. ``robust[tier]`` is the entry with the least protection at that tier and below.
 
     ``utility`` and ``expert`` are mean standalone accuracies on the victims' tasks; ``drop`` is
-    their difference in points. ``tied`` says that the rank is shared.
+    their difference in points. ``tied`` says that the rank is shared. ``protect_multiple`` is
+    ``protect_seconds`` over what fine-tuning the expert took.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -103,7 +123,17 @@ class Row(BaseModel):
     drop: float | None = None
     logit_gap: float | None = None
     protect_seconds: float = 0.0
+    protect_multiple: float | None = None
+    benign: dict[str, Use] = Field(default_factory=dict)
     flags: list[str] = Field(default_factory=list)
+
+    @property
+    def tax(self) -> tuple[str, float] | None:
+        """The benign use that leaves the release furthest behind the expert, and the points."""
+        if not self.benign:
+            return None
+        use = max(self.benign, key=lambda name: self.benign[name].lost)
+        return use, self.benign[use].lost
 
     @property
     def place(self) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmark.records import Cell
 from benchmark.reporting.board import (
@@ -21,6 +21,7 @@ from benchmark.reporting.board import (
     Leaderboard,
     band,
 )
+from benchmark.reporting.costs import Curve, break_curves
 from benchmark.reporting.summary import (
     accuracy_lines,
     attacks_of,
@@ -63,6 +64,9 @@ def page(
         standings=STANDINGS,
         verdict=verdict,
         matrices=[_matrix(board, cells, *key) for key in _places(board)],
+        breaking=[table for x in ("per_class", "flops") if (table := _breaking(board, x))],
+        uses=list(dict.fromkeys(use for row in board.rows for use in row.benign)),
+        left_out=_left_out(cells),
         tasks=task_lines(cells),
         accuracies=accuracy_lines(cells, order),
         fixed=fixed_lines(cells, order),
@@ -113,6 +117,34 @@ def _matrix(board: Leaderboard, cells: Sequence[Cell], testbed: str, merger: str
         "attacks": attacks,
         "rows": rows,
     }
+
+
+def _breaking(board: Leaderboard, x: Literal["per_class", "flops"]) -> dict[str, Any]:
+    """Protection by what attacks used, as a table; empty where no attack used any."""
+    curves: list[Curve] = break_curves(board, x)
+    marks = sorted({at for curve in curves for at in curve.points})
+    several = len({curve.testbed for curve in curves}) > 1
+    rows = [
+        (
+            f"{curve.testbed}: {curve.defense}" if several else curve.defense,
+            [curve.points.get(at) for at in marks],
+        )
+        for curve in curves
+    ]
+    titles = {"per_class": "labelled examples per class", "flops": "FLOPs of the attack on data"}
+    heads = ["weights only" if not at else f"{at:g}" if at < 1e4 else f"{at:.1e}" for at in marks]
+    return {"title": titles[x], "heads": heads, "rows": rows} if rows else {}
+
+
+def _left_out(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
+    """(defense, use and model, why): honest uses that are impossible or give nothing."""
+    found = [
+        (cell.defense, key.removeprefix("benign."), str(why))
+        for cell in cells
+        for key, why in cell.notes.items()
+        if key.startswith("benign.")
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _facts(run: Mapping[str, Any], cells: Sequence[Cell]) -> list[tuple[str, str]]:

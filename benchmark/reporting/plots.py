@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.paths import replacing
 from benchmark.records import Cell
-from benchmark.reporting.board import GATE, Entry, Leaderboard, Tier
+from benchmark.reporting.board import BROKEN, GATE, Entry, Leaderboard, Tier
+from benchmark.reporting.costs import Curve, break_curves
 from benchmark.reporting.summary import FixedLine, attacks_of, fixed_lines, scope
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def write(folder: Path, cells: Sequence[Cell], board: Leaderboard) -> dict[str, 
     drawn: dict[str, Path] = {}
     fixed = fixed_lines(cells, [row.defense for row in board.rows])
     mark = _digest(board, fixed)
+    places = {entry.testbed for entry in board.matrix}
     for testbed, merger in dict.fromkeys((e.testbed, e.merger) for e in board.matrix):
         where = scope(cells, testbed, merger)
         name = f"heatmap-{_slug(testbed)}-{_slug(merger)}.png"
@@ -43,6 +45,14 @@ def write(folder: Path, cells: Sequence[Cell], board: Leaderboard) -> dict[str, 
     if any(row.robust and row.drop is not None for row in board.rows):
         caption = "What a defense costs its owner, and what it leaves the free-rider"
         drawn[caption] = _save(mark, folder / "utility.png", partial(utility, board))
+    by_examples, by_flops = break_curves(board, "per_class"), break_curves(board, "flops")
+    for testbed in dict.fromkeys(curve.testbed for curve in by_examples):
+        sides = [[c for c in cs if c.testbed == testbed] for cs in (by_examples, by_flops)]
+        if len({x for curve in sides[0] for x in curve.points if x}) < 2:
+            continue  # one number of examples makes no curve
+        name = "break_cost.png" if len(places) == 1 else f"break_cost-{_slug(testbed)}.png"
+        caption = f"Protection by what the attacker has: examples, compute ({testbed})"
+        drawn[caption] = _save(mark, folder / name, partial(break_cost, *sides))
     for testbed, merger in dict.fromkeys((f.testbed, f.merger) for f in fixed):
         of = [line for line in fixed if (line.testbed, line.merger) == (testbed, merger)]
         name = f"fixed-{_slug(testbed)}-{_slug(merger)}.png"
@@ -165,6 +175,56 @@ def utility(board: Leaderboard) -> Figure:
     axes.set_ylabel(f"robust protection\n(weights only{hollow})", fontsize=8)
     axes.set_ylim(-0.05, 1.05)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def break_cost(by_examples: Sequence[Curve], by_flops: Sequence[Curve]) -> Figure:
+    """Protection with its intervals against labelled examples per class, and against compute.
+
+    Symlog axes; 0 is the best attack with weights alone. Points of one x are drawn a little apart,
+    or equal defenses would hide one another.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    labels = (
+        "labelled examples per class (0: weights only)",
+        "FLOPs of the attack on data (0: weights only)",
+    )
+    names = [curve.defense for curve in by_examples]
+    for place, (curves, label) in enumerate(zip((by_examples, by_flops), labels, strict=True)):
+        axes = figure.add_subplot(1, 2, place + 1)
+        axes.spines[["top", "right"]].set_visible(False)
+        marks = sorted({x for curve in curves for x in curve.points})
+        least = next(x for x in marks if x)
+        for index, curve in enumerate(c for c in curves if c.known()):
+            row = names.index(curve.defense) if curve.defense in names else len(names) + index
+            shift = 0.4 * ((row + 0.5) / max(1, len(names)) - 0.5)
+            found = curve.known()
+            values = [entry.shown for entry in found.values()]
+            bounds = [e.bounds if e.interval else (e.shown, e.shown) for e in found.values()]
+            low = [max(0.0, v - b[0]) for v, b in zip(values, bounds, strict=True)]
+            high = [max(0.0, b[1] - v) for v, b in zip(values, bounds, strict=True)]
+            axes.errorbar(
+                [x * 2**shift if x else shift * least for x in found], values, yerr=[low, high],
+                marker=MARKERS[row % len(MARKERS)], color=SERIES[row % len(SERIES)],
+                linestyle=("-", "--")[row // len(SERIES) % 2], linewidth=1.2, markersize=5,
+                capsize=2, label=curve.defense,
+            )  # fmt: skip
+        axes.axhline(BROKEN, color="grey", linestyle=":", linewidth=1)
+        axes.set_xscale("symlog", base=2, linthresh=least, linscale=1.0)
+        names_of = [f"{x:g}" if x < 1e4 else f"{x:.1e}" for x in marks]
+        axes.set_xticks(marks, names_of, fontsize=7, rotation=0 if max(marks) < 1e4 else 40)
+        axes.minorticks_off()
+        axes.set_xlim(-0.5 * least, 1.5 * max(marks))
+        axes.set_xlabel(label, fontsize=8)
+        axes.set_ylim(-0.05, 1.05)
+        axes.set_ylabel("protection left by the best attack", fontsize=8)
+    figure.axes[0].annotate(
+        "broken below", (0.01, BROKEN), xytext=(0, -8), textcoords="offset points", fontsize=7,
+        xycoords=("axes fraction", "data"), color="grey",
+    )  # fmt: skip
+    figure.axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from benchmark.errors import UsageError
 from benchmark.evaluation.statistics import Aggregate, aggregate
 from benchmark.records import Cell, Status
+from benchmark.reporting import costs
 from benchmark.reporting.board import (
     BROKEN,
     EXACT,
@@ -101,6 +102,9 @@ def _entry(cells: Sequence[Cell]) -> Entry:
         by_seed={s: v for s, v in total.by_seed.items() if not math.isnan(v)},
         cells=len(cells),
         examples=max(c.budget.examples for c in cells),
+        per_class=max(c.budget.per_class for c in cells),
+        steps=max(c.budget.steps for c in cells),
+        flops=max(c.budget.flops for c in cells),
         seconds=max(c.seconds.recover for c in cells),  # shared work is 0 in all cells but one
     )
 
@@ -122,6 +126,7 @@ def _row(
     asked: set[tuple[object, ...]],
 ) -> Row:
     valid = [entry for entry in entries if entry.status == "ok"]
+    seconds, multiple = costs.of_protecting(cells)
     row = Row(
         defense=spec,
         role=card.role,
@@ -130,7 +135,9 @@ def _row(
         unattacked=_least([e for e in valid if e.attack == UNATTACKED and not e.task_id]),
         broken_by=_break(valid),
         logit_gap=max((c.logit_gap for c in cells if c.logit_gap is not None), default=None),
-        protect_seconds=max(c.seconds.protect for c in cells),
+        protect_seconds=seconds,
+        protect_multiple=multiple,
+        benign=costs.of_honest_use(cells),
     )
     _set_utility(row, cells)
     row.flags = _flags(row, cells, entries, card)
@@ -174,7 +181,10 @@ def _break(entries: Iterable[Entry]) -> Break | None:
         return None
     best = min(
         broken,
-        key=lambda e: (TIERS.index(e.access), e.task_id, e.examples, e.seconds, e.protection or 0),
+        key=lambda e: (
+            *(TIERS.index(e.access), e.task_id),
+            *(e.examples, e.flops, e.seconds, e.protection or 0),
+        ),
     )
     fields = best.model_dump(include=set(Break.model_fields))
     return Break(**fields)

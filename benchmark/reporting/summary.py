@@ -101,7 +101,10 @@ def verdict(row: Row) -> str:
         data = f"{found.examples} examples" if found.examples else "no data"
         means = "plain merging" if found.attack == "none" else found.attack
         tier = "weights only" if found.access == "weights" else f"{found.access} data"
-        parts.append(f"broken by {means} ({tier}, {data}, {found.seconds:.1f} s)")
+        if found.per_class:
+            data += f" ({found.per_class} per class)"
+        work = f"{found.flops:.1e} FLOPs, " if found.flops else ""
+        parts.append(f"broken by {means} ({tier}, {data}, {work}{found.seconds:.1f} s)")
     return "; ".join(parts)
 
 

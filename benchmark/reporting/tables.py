@@ -151,6 +151,10 @@ def ranking_table(board: Leaderboard, width: int = 80) -> Table:
     if aware:
         table.add_column(_header("robust\ntask-aware"), overflow="fold")
     table.add_column(_header("points\nlost"), justify="right", no_wrap=True)
+    taxed = any(row.benign for row in board.rows)
+    if taxed:
+        table.add_column(_header("benign\ntax"), justify="right", overflow="fold")
+    table.add_column(_header("cost"), justify="right", no_wrap=True)
     for row in board.rows:
         found = [row.robust.get(tier) for tier in board.tiers()]
         if aware:
@@ -158,8 +162,29 @@ def ranking_table(board: Leaderboard, width: int = 80) -> Table:
         worst = [protection_text(e, *(_attained(e, several) if e else ())) for e in found]
         late = row.drop is not None and row.drop > GATE
         lost = Text("·" if row.drop is None else f"{row.drop:.1f}", "bold red" if late else "")
-        table.add_row(row.place, _name(row, first), protection_text(row.unattacked), *worst, lost)
+        costs = [lost, *([_tax(row)] if taxed else []), _cost(row)]
+        table.add_row(row.place, _name(row, first), protection_text(row.unattacked), *worst, *costs)
     return table
+
+
+def _tax(row: Row) -> Text:
+    """Points, and after which use."""
+    if row.tax is None:
+        return Text("·")
+    use, points = row.tax
+    text = Text(f"{points:.1f}", "bold red" if points > GATE else "")
+    if round(points, 1) > 0:
+        text.append("\n" + "-\n".join(use.split("-")), "dim not bold")
+    return text
+
+
+def _cost(row: Row) -> Text:
+    """Seconds of protecting, and the multiple of fine-tuning below."""
+    seconds, multiple = row.protect_seconds, row.protect_multiple
+    text = Text("<0.1 s" if seconds < 0.1 else f"{seconds:.1f} s")
+    if multiple is not None:
+        text.append("\n<0.01×" if multiple < 0.01 else f"\n{multiple:.2f}×", "dim not bold")
+    return text
 
 
 HOLDINGS = {"weights": "weights only", "unlabeled": "+ unlabeled data", "labeled": "+ labeled data"}

@@ -1,0 +1,155 @@
+"""One method on the tiny testbeds: fresh inputs for every call, and results that checks share."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from benchmark.checkpoint import State, to_device
+from benchmark.conformance.frame import CheckFailed
+from benchmark.conformance.guards import reseed
+from benchmark.conformance.testbed import ARCHITECTURES, Architecture, Tiny
+from benchmark.errors import MethodError, UsageError
+from benchmark.methods import Named
+
+M = TypeVar("M")
+I = TypeVar("I")  # noqa: E741
+
+#: What a method raises to say that it does not work on an architecture or a dtype.
+REFUSALS = (MethodError, UsageError)
+
+#: Every State that one call of a method gives, by what messages call it.
+Result = dict[str, State]
+
+Device = str | torch.device
+
+
+class Case(ABC, Generic[M, I]):
+    """A method of type M under check, which one call gives inputs of type I."""
+
+    def __init__(self, named: Named[M]) -> None:
+        self.spec = named.spec
+        self.method = named.method
+        self._results: dict[Architecture, Result | Exception] = {}
+
+    @abstractmethod
+    def inputs(
+        self, testbed: Tiny, *, dtype: torch.dtype = torch.float32, device: Device = "cpu"
+    ) -> I:
+        """What one call is given, sharing no memory with any other call's."""
+
+    @abstractmethod
+    def call(self, method: M, inputs: I, rng: torch.Generator) -> Result:
+        """Everything the method makes of ``inputs``."""
+
+    @abstractmethod
+    def exercise(self, inputs: I, rng: torch.Generator) -> None:
+        """Run all of it that might write to its inputs."""
+
+    @abstractmethod
+    def states(self, inputs: I) -> tuple[State, ...]:
+        """The States it is given; the base comes first."""
+
+    @abstractmethod
+    def fingerprint(self, inputs: I) -> dict[str, str]:
+        """What it must not write to, as hashes by name."""
+
+    @property
+    @abstractmethod
+    def trains(self) -> bool:
+        """Whether it trains, which multiplies rounding."""
+
+    def excuses_draws(self, inputs: I) -> str | None:
+        """Why draws of a finished call need not show in its result, or None."""
+        return None
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The methods of a chain, or the one there is."""
+        found: tuple[Any, ...] = getattr(self.method, "parts", (self.method,))
+        return found
+
+    @functools.cached_property
+    def testbed(self) -> Tiny:
+        """The first tiny testbed the method does not refuse.
+
+        Raises:
+            CheckFailed: it refuses all of them.
+        """
+        for architecture in ARCHITECTURES:
+            try:
+                self.on(architecture)
+            except REFUSALS as refusal:
+                last = refusal
+            except Exception:
+                return Tiny(architecture)  # the checks tell
+            else:
+                return Tiny(architecture)
+        raise CheckFailed(f"refuses every architecture ({', '.join(ARCHITECTURES)}): {last}")
+
+    @property
+    def result(self) -> Result:
+        """What it made on :attr:`testbed` under seed 0. Shared: never edit."""
+        return self.on(self.testbed.architecture)
+
+    def on(self, architecture: Architecture) -> Result:
+        """What it made on a tiny model under seed 0, made once; raises what it raised."""
+        if architecture not in self._results:
+            try:
+                self._results[architecture] = self.run(self.inputs(Tiny(architecture)))
+            except Exception as error:
+                self._results[architecture] = error
+        found = self._results[architecture]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def accepted(self) -> Iterator[Architecture]:
+        """The architectures on which there is a result; the check `architectures` tells why not."""
+        for architecture in ARCHITECTURES:
+            try:
+                self.on(architecture)
+            except Exception:
+                continue
+            yield architecture
+
+    def run(
+        self,
+        inputs: I | None = None,
+        *,
+        method: M | None = None,
+        seed: int = 0,
+        world: int | None = 0,
+    ) -> Result:
+        """One call, on fresh inputs unless given. ``world`` seeds the global generators."""
+        if world is not None:
+            reseed(world)
+        inputs = self.inputs(self.testbed) if inputs is None else inputs
+        rng = torch.Generator().manual_seed(seed)
+        return self.call(self.method if method is None else method, inputs, rng)
+
+    def on_device(self, device: torch.device) -> Result:
+        """The result made on another device, and brought to the CPU.
+
+        Raises:
+            CheckFailed: a tensor of it is elsewhere.
+        """
+        result = self.run(self.inputs(self.testbed, device=device))
+        for name, state in result.items():
+            for key, value in state.items():
+                if value.device.type != device.type:
+                    raise CheckFailed(f"on {device}, tensor {key!r} of {name} is on {value.device}")
+        return {name: to_device(state, "cpu") for name, state in result.items()}
+
+
+AnyCase = Case[Any, Any]
+
+
+def warm_up(case: AnyCase) -> None:
+    """Build every tiny model with its experts, so that no check is charged with it."""
+    for architecture in ARCHITECTURES:
+        case.inputs(Tiny(architecture))
