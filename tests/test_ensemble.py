@@ -144,6 +144,18 @@ def test_pinning_does_not_apply_where_coefficients_are_fixed(
     )
 
 
+def test_the_report_names_the_winner(cells: dict[tuple[str, str, str], Cell]) -> None:
+    from benchmark.reporting.ranking import rank
+
+    board = rank([cell for (_, attack, _), cell in cells.items() if attack in ("none", "auto")])
+    entry = next(
+        e for e in board.matrix if (e.defense, e.attack, e.merger) == ("mergelock", "auto", "ties")
+    )
+    winner = cells["mergelock", "auto", "ties"].ensemble["winner"]
+    assert entry.winners == {winner: 1}
+    assert entry.attacker == f"auto: {winner}"
+
+
 def test_a_member_that_fails_is_noted_and_all_failing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "raises.py").write_text(RAISES)
     (tmp_path / "partly.py").write_text(

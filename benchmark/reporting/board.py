@@ -33,7 +33,8 @@ class Entry(BaseModel):
     """One defense × attack × merger on one testbed: all its victims, partners and seeds together.
 
     ``protection`` is the raw ratio of sums; None unless ``status`` is ``ok``. One cell with an
-    error makes the whole entry ``error``. ``reasons`` says why it is not ``ok``.
+    error makes the whole entry ``error``. ``reasons`` says why it is not ``ok``. ``winners``: in
+    how many cells each attack of an ensemble was the one that validation picked.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,12 +50,20 @@ class Entry(BaseModel):
     protection: float | None = None
     interval: tuple[float, float] | None = None
     by_seed: dict[int, float] = Field(default_factory=dict)
+    winners: dict[str, int] = Field(default_factory=dict)
     cells: int = 0
     examples: int = 0
     per_class: int = 0
     steps: int = 0
     flops: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def attacker(self) -> str:
+        """The attack for people, with the winner of an ensemble."""
+        if self.winners:
+            return f"{self.attack}: {max(self.winners, key=lambda name: self.winners[name])}"
+        return "no attack" if self.attack == "none" else self.attack
 
     @property
     def shown(self) -> float:

@@ -9,7 +9,7 @@ which attained it. Methods are ranked by it at the weights tier, then at the lab
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,7 @@ def _entry(cells: Sequence[Cell]) -> Entry:
         protection=value,
         interval=total.estimate.interval if status == "ok" else None,
         by_seed={s: v for s, v in total.by_seed.items() if not math.isnan(v)},
+        winners=dict(Counter(str(c.ensemble["winner"]) for c in cells if c.ensemble)),
         cells=len(cells),
         examples=max(c.budget.examples for c in cells),
         per_class=max(c.budget.per_class for c in cells),

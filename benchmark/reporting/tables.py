@@ -192,8 +192,7 @@ HOLDINGS = {"weights": "weights only", "unlabeled": "+ unlabeled data", "labeled
 
 def _attained(entry: Entry, several: bool) -> list[str]:
     """Which attack and merger left so little."""
-    by = "no attack" if entry.attack == "none" else entry.attack
-    return [by, f"({entry.merger})"] if several else [by]
+    return [entry.attacker, *([f"({entry.merger})"] if several else [])]
 
 
 def notes(board: Leaderboard) -> list[Text]:
