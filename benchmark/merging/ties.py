@@ -99,14 +99,14 @@ def trim(tau: State, density: float, scope: Scope, total: int) -> State:
     """The entries of τ with the greatest magnitude; ``total`` is the length of the flattened τ."""
     if scope == "tensor":
         return {
-            key: _keep(delta, _threshold([delta], max(1, int(density * delta.numel()))))
+            key: _keep(delta, threshold([delta], max(1, int(density * delta.numel()))))
             for key, delta in tau.items()
         }
-    cut = _threshold(list(tau.values()), max(1, int(density * total)))
+    cut = threshold(list(tau.values()), max(1, int(density * total)))
     return {key: _keep(delta, cut) for key, delta in tau.items()}
 
 
-def _threshold(parts: list[Tensor], count: int) -> float:
+def threshold(parts: list[Tensor], count: int) -> float:
     """The ``count``-th greatest magnitude over all parts, 0 where there are not that many."""
     size = sum(part.numel() for part in parts)
     if count >= size:

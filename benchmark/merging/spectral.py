@@ -1,0 +1,164 @@
+"""Mergers in the singular directions of each task matrix: TSV-M, Iso-C, CART.
+
+Vectors (biases, norms) are averaged with the same coefficients, as in the authors' codes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmark.checkpoint import State, task_vector
+from benchmark.contracts import Card, Knowledge, Setting
+from benchmark.merging.tau import GridMerger, active, searched, wide
+
+#: These mergers scale the sum of all members by one number: a shared λ around 1.
+_SHARED = (0.3, 0.5, 0.7, 1.0, 1.3)
+
+
+@dataclass(frozen=True)
+class _Spectral(GridMerger):
+    """Per matrix, a merged τ from the members' coefficient-weighted τ."""
+
+    grid: tuple[float, ...] = searched((0.0, 0.5, 1.0))
+    shared: tuple[float, ...] = searched(_SHARED)
+
+    def prepare(
+        self,
+        base: State,
+        experts: Sequence[State],
+        knowledge: Knowledge | None,
+        rng: torch.Generator,
+    ) -> Callable[[Setting], State]:
+        taus = [task_vector(expert, base) for expert in experts]
+        made: dict[tuple[str, tuple[int, ...]], object] = {}
+
+        def merged(setting: Setting) -> State:
+            members = active(setting, len(taus))
+            out = dict(base)
+            for key in dict.fromkeys(key for i, _ in members for key in taus[i]):
+                present = [(i, c) for i, c in members if key in taus[i]]
+                deltas = [wide(taus[i][key]) for i, _ in present]
+                weights = [c for _, c in present]
+                if deltas[0].ndim < 2:
+                    step = sum(c * d for c, d in zip(weights, deltas, strict=True)) / len(members)
+                else:
+                    where = (key, tuple(i for i, _ in present))
+                    flat = [d.flatten(1) for d in deltas]
+                    step = self._matrix(flat, weights, len(members), made, where)
+                    step = step.reshape(deltas[0].shape)
+                out[key] = (wide(base[key]) + step).to(base[key].dtype)
+            return out
+
+        return merged
+
+    @abstractmethod
+    def _matrix(
+        self,
+        deltas: list[Tensor],
+        weights: list[float],
+        members: int,
+        made: dict[tuple[str, tuple[int, ...]], object],
+        where: tuple[str, tuple[int, ...]],
+    ) -> Tensor:
+        """The merged τ of one matrix. ``made`` keeps decompositions from setting to setting."""
+
+
+@dataclass(frozen=True)
+class TSV(_Spectral):
+    """Task singular vectors, merged: each τ cut to 1/N of its rank, directions orthogonalised.
+
+    τ_i ≈ U_i·S_i·V_iᵀ (the top r = min(n, m)/N);  U = [U_1 … U_N], S = diag(c_i·S_i), V likewise
+    U⊥ = P·Qᵀ from U = P·D·Qᵀ (Procrustes), V⊥ likewise;   τ = U⊥·S·V⊥ᵀ
+    """
+
+    card: ClassVar[Card] = Card(
+        summary="Keeps the top singular vectors of each task and makes them orthogonal",
+        paper="Task Singular Vectors: Reducing Task Interference in Model Merging",
+        authors="Antonio Andrea Gargiulo et al.",
+        arxiv="2412.00081",
+        fidelity="faithful",
+    )
+
+    def _matrix(self, deltas, weights, members, made, where):  # type: ignore[no-untyped-def]
+        if where not in made:
+            rank = max(1, min(deltas[0].shape) // members)
+            parts = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+            left = torch.cat([u[:, :rank] for u, _, _ in parts], 1)
+            right = torch.cat([v[:rank] for _, _, v in parts])
+            spectra = [s[:rank] for _, s, _ in parts]
+            made[where] = _orthogonal(left), spectra, _orthogonal(right.mT).mT
+        left, spectra, right = made[where]
+        s = torch.cat([c * s for c, s in zip(weights, spectra, strict=True)])
+        return (left * s) @ right
+
+
+@dataclass(frozen=True)
+class IsoC(_Spectral):
+    """Isotropic merging in the common subspace: the sum of all τ with a flat spectrum.
+
+    Σ c_i·τ_i = U·S·Vᵀ,   τ = mean(S)·U·Vᵀ
+    """
+
+    card: ClassVar[Card] = Card(
+        summary="Flattens the spectrum of the summed task matrix",
+        paper="No Task Left Behind: Isotropic Model Merging with Common and Task-Specific "
+        "Subspaces",
+        authors="Daniel Marczak et al.",
+        arxiv="2502.04959",
+        fidelity="faithful",
+    )
+
+    def _matrix(self, deltas, weights, members, made, where):  # type: ignore[no-untyped-def]
+        total = sum(c * delta for c, delta in zip(weights, deltas, strict=True))
+        u, s, v = torch.linalg.svd(total, full_matrices=False)
+        return s.mean() * (u @ v)
+
+
+@dataclass(frozen=True)
+class Cart(_Spectral):
+    """Centred, rank-reduced task vectors.
+
+        θ̄ = mean(θ_i),   τ = (θ̄ − θ0) + Σ c_i · LR_r(θ_i − θ̄),   r = ``rank`` · min(n, m)
+
+    The coefficients weigh the low-rank parts; the average is always whole.
+    """
+
+    rank: float = 0.08
+
+    card: ClassVar[Card] = Card(
+        summary="Adds low-rank parts of each expert to the average of all",
+        paper="Revisiting Weight Averaging for Model Merging",
+        authors="Jiho Choi et al.",
+        arxiv="2412.12153",
+        fidelity="faithful",
+        notes="rank 8 % as in the paper's main results",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rank <= 1:
+            raise ValueError(f"need 0 < rank <= 1, got {self.rank}")
+        super().__post_init__()
+
+    def _matrix(self, deltas, weights, members, made, where):  # type: ignore[no-untyped-def]
+        if where not in made:
+            centre = sum(deltas) / members
+            rank = max(1, round(self.rank * min(deltas[0].shape)))
+            cut = []
+            for delta in deltas:
+                u, s, v = torch.linalg.svd(delta - centre, full_matrices=False)
+                cut.append((u[:, :rank] * s[:rank]) @ v[:rank])
+            made[where] = centre, cut
+        centre, cut = made[where]
+        return centre + sum(c * part for c, part in zip(weights, cut, strict=True))
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns (Procrustes)."""
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ v
