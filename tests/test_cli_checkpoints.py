@@ -53,6 +53,22 @@ def test_protect_then_attack(models: Path, cli: Cli) -> None:
     assert (recovered[key] - start[key]).norm() < 2 * (expert[key] - start[key]).norm()
 
 
+def test_locks_on_rotary_models_say_that_they_are_restricted(tmp_path: Path, cli: Cli) -> None:
+    base = write("llama", tmp_path / "base")
+    for spec, flagged in (("mergelock", True), ("params(scaling=none)", True), ("noise", False)):
+        out = tmp_path / "out"
+        arguments = ("--base", base, "--defense", spec, "--out", out, "--force", "--json")
+        code, text = cli("protect", base, *arguments)
+        assert code == 0
+        assert ("restricted-gauge" in json.loads(text)["flags"]) is flagged
+    code, text = cli(
+        "protect", base, "--base", base, "--defense", "mergebarrier-taylor", "--out", tmp_path / "t"
+    )
+    assert code == 2
+    assert "changes modules" in text
+    assert not (tmp_path / "t").exists()
+
+
 SAYS = {
     "auto": "looks like a per-head general lock; undone",
     "aga": "looks like a per-head general lock; undone",

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from benchmark.cli.output import Device, Force, Json, Seed, steps
 from benchmark.errors import UsageError
+
+if TYPE_CHECKING:
+    from benchmark.anatomy import Anatomy
+    from benchmark.contracts import Card
 
 _BLOW_UP = 10.0
 _EXACT = 1e-4  # METHODS section 1: what float32 leaves of an exact transform
@@ -59,12 +63,16 @@ def protect(
 
     from benchmark import folders, methods, probe
     from benchmark.checkpoint import compatible, norm_growth, rounded, to_device
-    from benchmark.cli.single import changed, check_result, needs_data, report, victim
+    from benchmark.cli.single import RUN, changed, check_result, needs_data, report, victim
     from benchmark.device import resolve
 
     method = methods.defense(defense)
     if method.method.card.trains:
         raise needs_data("defense", method.spec, "task data or training")
+    if method.method.changes_modules:
+        raise UsageError(
+            f"defense {method.spec} changes modules, and a folder holds weights only; {RUN}"
+        )
     where = resolve(device)
     folders.check_out(out, [expert, base], force)
     with steps(4) as step:
@@ -99,7 +107,7 @@ def protect(
         "logit_gap": gap,
         "bfloat16_gap": rounding,
         "norm_growth": growth,
-        "flags": _flags(method.method.card.exact, gap, growth, rounding),
+        "flags": _flags(method.method.card, source.anatomy, gap, growth, rounding),
         "seconds": seconds,
         "seed": seed,
         "left_behind": [str(file) for file in source.left_behind()],
@@ -109,12 +117,18 @@ def protect(
 
 
 def _flags(
-    exact: bool, gap: float | None, growth: float, rounding: Mapping[str, float | None]
+    card: Card,
+    anatomy: Anatomy,
+    gap: float | None,
+    growth: float,
+    rounding: Mapping[str, float | None],
 ) -> list[str]:
     """The flags of :mod:`benchmark.evaluation.flags` that show without data."""
     flags = []
-    if exact and gap is not None and not gap <= _EXACT:
+    if card.exact and gap is not None and not gap <= _EXACT:
         flags.append("not-equivalent")
+    if card.locks and anatomy.qk_gauge != "general":
+        flags.append("restricted-gauge")
     if growth > _BLOW_UP:
         flags.append("norm-blow-up")
     if (rounding["released"] or 0.0) > 2 * (rounding["expert"] or 0.0):
