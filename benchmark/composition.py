@@ -11,7 +11,17 @@ import torch
 
 from benchmark.anatomy import Anatomy
 from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Defense, Knowledge, Members, Merger, Victim
+from benchmark.contracts import (
+    Access,
+    Attack,
+    Card,
+    Defense,
+    Ensemble,
+    Knowledge,
+    Members,
+    Merger,
+    Victim,
+)
 from benchmark.errors import UsageError
 
 
@@ -105,7 +115,14 @@ def _protected(parts: Sequence[Defense], victim: Victim, rng: torch.Generator) -
 
 
 def chain_attacks(parts: tuple[Attack, ...]) -> Attack:
-    """The composite of at least one attack."""
+    """The composite of at least one attack.
+
+    Raises:
+        UsageError: a part is an ensemble, which is a search and not one attack.
+    """
+    for part in parts:
+        if isinstance(part, Ensemble):
+            raise UsageError(f"{part} is an ensemble and cannot be part of another attack")
     return AttackChain(parts)
 
 

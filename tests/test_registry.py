@@ -86,6 +86,9 @@ def test_every_entry_loads_and_is_described(registry: Registry) -> None:
         (defense, "", "empty part"),
         (defense, "two words", "cannot read spec"),
         (merger, "ties+dare", "mergers do not compose"),
+        (attack, "auto+rinse", "is an ensemble"),
+        (defense, "params+trap2", "put it first"),
+        (defense, "mergebarrier-taylor+params", "put it last"),
         (the_testbed, "digits+minilm", "testbeds do not compose"),
     ],
 )
