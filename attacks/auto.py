@@ -27,11 +27,12 @@ def _recipe() -> dict[str, Any]:
 class Auto(Ensemble):
     """Every attack of ``attacks/auto.toml`` up to a tier; validation picks, test measures.
 
-    Screening by successive halving: all candidates see the first validation rung at two of the
-    merger's settings (the one that is best for the undefended expert, and the victim at full
-    strength with the least of the partners), the best few of them the second rung, and the winner
-    gets the free-rider's whole search over settings. In forward passes that is at most three times
-    the search of its most expensive member alone.
+    Screening: all candidates see the first validation rung at two of the merger's settings (the one
+    that is best for the undefended expert, and the victim at full strength with the least of the
+    partners). The first candidate and the best of the others then get the free-rider's whole
+    search, and the latter wins only if it is better on validation by more than a standard error: a
+    few examples would else prefer luck to the attack that is strongest by construction. In forward
+    passes that is about three times the search of one member alone.
 
     Attributes:
         tier: what the attacker holds. Each tier tries all of the one below.
@@ -56,8 +57,8 @@ class Auto(Ensemble):
         return tuple(spec for tier in tiers for spec in _recipe()[tier])
 
     @property
-    def kept(self) -> int:
-        return int(_recipe()["kept"])
+    def challengers(self) -> int:
+        return int(_recipe()["challengers"])
 
     def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
         """Where nothing can be evaluated (two folders): its first candidate."""

@@ -199,12 +199,12 @@ class Ensemble(Attack):
     @property
     @abstractmethod
     def candidates(self) -> tuple[str, ...]:
-        """Specs of the attacks it tries, in order: ties go to the first."""
+        """Specs of the attacks it tries. The first, its prior favourite, is always a finalist."""
 
     @property
     @abstractmethod
-    def kept(self) -> int:
-        """How many candidates go on from the first rung of the screening to the second."""
+    def challengers(self) -> int:
+        """How many of the others, the best in the screening, are finalists too."""
 
 
 @dataclass(frozen=True)

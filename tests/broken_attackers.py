@@ -198,7 +198,7 @@ class SoundEnsemble(Ensemble):
         return self.names
 
     @property
-    def kept(self) -> int:
+    def challengers(self) -> int:
         return 1
 
     def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:

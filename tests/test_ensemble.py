@@ -110,14 +110,15 @@ def test_it_breaks_the_locks(
 
 
 @pytest.mark.parametrize("merger", MERGERS)
-def test_the_winner_is_as_good_as_any_member_on_validation(
+def test_the_finalists_are_the_first_and_the_best_of_the_others(
     cells: dict[tuple[str, str, str], Cell], merger: str
 ) -> None:
-    scores = cells["mergelock", "auto", merger].ensemble["scores"]
+    found = cells["mergelock", "auto", merger].ensemble
+    scores, (first, challenger) = found["scores"], found["finalists"]  # type: ignore[misc]
     assert isinstance(scores, dict)
-    assert scores[cells["mergelock", "auto", merger].ensemble["winner"]] >= max(
-        scores[spec] for spec in ("none", "weight-matching", "head-norm")
-    )
+    assert first == Auto().candidates[0]
+    assert scores[challenger] == max(s for spec, s in scores.items() if spec != first)
+    assert found["winner"] in (first, challenger)
     auto = cells["mergelock", "auto", merger].protection
     # Chosen on 32 validation examples, measured on 200 test examples: near the best member's.
     best = min(cells["mergelock", spec, merger].protection for spec in MEMBERS)
@@ -126,13 +127,11 @@ def test_the_winner_is_as_good_as_any_member_on_validation(
 
 @pytest.mark.parametrize("merger", MERGERS)
 @pytest.mark.parametrize("lock", ["none", "mergelock", "params+mergelock"])
-def test_it_costs_at_most_three_searches(
+def test_it_costs_about_three_searches(
     cells: dict[tuple[str, str, str], Cell], lock: str, merger: str
 ) -> None:
     found = cells[lock, "auto", merger].ensemble
-    search = found["search_passes"]
-    total = found["screening_passes"] - found["shared_passes"] + search  # type: ignore[operator]
-    assert search < total <= 3 * search  # type: ignore[operator]
+    assert found["member_passes"] < found["passes"] <= 3 * found["member_passes"]  # type: ignore[operator]
 
 
 def test_pinning_does_not_apply_where_coefficients_are_fixed(
@@ -210,6 +209,6 @@ def test_without_data_it_runs_its_first_candidate() -> None:
         card: ClassVar[Card] = Card("another ensemble")
         version: ClassVar[str] = "0"
 
-    assert Other.__abstractmethods__ >= {"candidates", "kept", "recover"}
+    assert Other.__abstractmethods__ >= {"candidates", "challengers", "recover"}
     assert Auto().candidates[0] == "gauge-align"
     assert dataclasses.replace(Auto(), tier="labeled").access == Access.LABELED

@@ -221,8 +221,8 @@ def ensemble(case: AttackCase) -> str | None:
                 f"candidate {name} needs access {candidate.access.label!r}, "
                 f"the ensemble declares {method.access.label!r}"
             )
-    if not 1 <= method.kept <= len(names):
-        raise CheckFailed(f"kept is {method.kept}, of {len(names)} candidates")
+    if not 1 <= method.challengers < len(names):
+        raise CheckFailed(f"challengers is {method.challengers}, of {len(names)} candidates")
     return f"version {version}, {len(names)} candidates"
 
 

@@ -120,8 +120,6 @@ class CellMaker:
         )
         cell.budget = self._spent(attack, recovered.facts["budget"], attacked.spent, group)
         cell.seconds.merge = attacked.seconds
-        if cell.ensemble:
-            cell.ensemble["search_passes"] = attacked.passes
         self._score(cell, attacked, undefended, outside, planned)
         self._merged(cell, attacked, planned)
         if self._asks_for_tax(planned):

@@ -22,27 +22,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class Screening:
-    """What an ensemble did: its winner, validation score by candidate, failures, forward passes.
+    """What an ensemble did: finalists, winner, scores, failures, forward passes.
 
-    ``scores`` are over the first rung; of those that went on, over the second. ``shared``: the
-    winner's forward passes, which its whole search does not repeat.
+    ``scores``: validation score by candidate over the first rung. ``shared``: passes of the
+    finalists in the screening, which their whole searches do not repeat. ``searches``: passes of
+    each finalist's search.
     """
 
     version: str
+    finalists: list[str] = field(default_factory=list)
     winner: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     passes: int = 0
     shared: int = 0
+    searches: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         return {
             "version": self.version,
             "winner": self.winner,
+            "finalists": self.finalists,
             "scores": self.scores,
             "failed": self.failed,
-            "screening_passes": self.passes,
-            "shared_passes": self.shared,
+            "passes": self.passes + sum(self.searches.values()) - self.shared,
+            "member_passes": max(self.searches.values(), default=0),
         }
 
 
@@ -54,8 +58,8 @@ def screen(
     group: Group,
     seed: int,
     favourite: Setting | None,
-) -> tuple[Named[Attack], Screening]:
-    """The attack of the ensemble ``attack`` that screening picks.
+) -> Screening:
+    """The finalists of the ensemble ``attack``: its first candidate, and the best of the others.
 
     ``favourite``: the setting that is best for the undefended expert. A candidate that raises is
     noted in ``failed`` and is out.
@@ -73,28 +77,24 @@ def screen(
             report.failed[spec] = str(error).splitlines()[0]
     if not entries:
         raise MethodError(f"every attack of {attack.spec} failed: {report.failed}")
-    rungs = rider.suite.validation_rungs
+    rows = range(rider.suite.validation_rungs[0])
     expert = accuracies(rider.experts(group, "validation"))
-    racers = {
-        spec: [Racer(f"{spec}/{i}") for i in range(len(options))]
-        for spec, options in entries.items()
-    }
-    alive, seen = list(entries), 0
-    for rung in rungs[:2]:
-        for spec in alive:
-            for option, racer in zip(entries[spec], racers[spec], strict=True):
-                for task in expert:
-                    rows = range(seen, rung)
-                    fresh = rider.bench.bits(option.content, option.build, task, "validation", rows)
-                    report.passes += len(rows)
-                    racer.extend(task, fresh)
-            best = max(float(r.outcomes(expert).mean()) for r in racers[spec])
-            report.scores[spec] = round(best, 4)
-        alive = sorted(alive, key=lambda spec: -report.scores[spec])[: ensemble.kept]
-        seen = rung
-    report.winner = alive[0]
-    report.shared = sum(racer.seen * len(expert) for racer in racers[report.winner])
-    return methods.attack(report.winner), report
+    for spec, options in entries.items():
+        scores = []
+        for option in options:
+            racer = Racer(spec)
+            for task in expert:
+                bits = rider.bench.bits(option.content, option.build, task, "validation", rows)
+                racer.extend(task, bits)
+            scores.append(float(racer.outcomes(expert).mean()))
+        report.scores[spec] = round(max(scores), 4)
+        report.passes += len(options) * len(rows) * len(expert)
+    first, *others = entries
+    others.sort(key=lambda spec: -report.scores[spec])
+    report.finalists = [first, *others[: ensemble.challengers]]
+    each = len(rows) * len(expert)
+    report.shared = sum(len(entries[spec]) * each for spec in report.finalists)
+    return report
 
 
 def _entries(

@@ -14,13 +14,13 @@ import numpy as np
 
 from benchmark import methods
 from benchmark.contracts import Access, Attack, Defense, Ensemble, Merger, Setting
-from benchmark.errors import MethodError, UsageError
+from benchmark.errors import MethodError, UnmergeBenchError, UsageError
 from benchmark.evaluation.scoring import accuracies
 from benchmark.evaluation.search import Racer, race
 from benchmark.methods import Named
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate, Skip
-from benchmark.pipeline.ensemble import screen
+from benchmark.pipeline.ensemble import Screening, screen
 from benchmark.pipeline.suite import Group, Suite
 from benchmark.pipeline.workbench import Workbench
 
@@ -122,9 +122,37 @@ class FreeRider:
             none = methods.defense("none"), methods.attack("none")
             merge = self.situation(*none, merger, group, seed).merge
             favourite = merge.setting if merge else None
-            winner, report = screen(self, defense, attack, merger, group, seed, favourite)
+            report = screen(self, defense, attack, merger, group, seed, favourite)
+            winner = self._final(report, defense, merger, group, seed)
             self._chosen[key] = winner, report.to_dict()
         return self._chosen[key]
+
+    def _final(
+        self,
+        report: Screening,
+        defense: Named[Defense],
+        merger: Named[Merger],
+        group: Group,
+        seed: int,
+    ) -> Named[Attack]:
+        """Each finalist's whole search; a challenger must beat the first by a standard error."""
+        expert = accuracies(self.experts(group, "validation"))
+        leading: np.ndarray | None = None
+        for spec in report.finalists:
+            try:
+                outcome = self.situation(defense, methods.attack(spec), merger, group, seed)
+            except UnmergeBenchError as error:
+                report.failed[spec] = str(error).splitlines()[0]
+                continue
+            report.searches[spec] = outcome.passes
+            mine = self._validated(outcome.best, group, expert)
+            gap = 0.0 if leading is None else mine - leading
+            error_of_mean = np.std(gap, ddof=1) / len(mine) ** 0.5 if leading is not None else 0.0
+            if leading is None or np.mean(gap) > error_of_mean:
+                report.winner, leading = spec, mine
+        if not report.winner:
+            raise MethodError(f"every finalist failed: {report.failed}")
+        return methods.attack(report.winner)
 
     def situation(
         self,
@@ -174,17 +202,30 @@ class FreeRider:
         except MethodError as error:
             raise Skip(str(error)) from None
 
+    def _validated(
+        self, candidate: Candidate, group: Group, expert: dict[str, float]
+    ) -> np.ndarray:
+        """Normalised outcome per validation example, averaged over tasks: (n,)."""
+        racer = Racer(candidate.name)
+        for task in expert:
+            for rows in self._rungs():
+                bits = self.bench.bits(candidate.content, candidate.build, task, "validation", rows)
+                racer.extend(task, bits)
+        return racer.outcomes(expert)
+
+    def _rungs(self) -> list[range]:
+        """The validation split in the pieces that the race asks for, so that they are shared."""
+        stops = self.suite.validation_rungs
+        return [range(start, stop) for start, stop in zip((0, *stops), stops, strict=False)]
+
     def experts(self, group: Group, split: str) -> dict[str, np.ndarray]:
         """Outcomes of each task's own expert on its own task."""
         out = {}
         for task in (group.victim, *group.partners):
             expert = self.bench.expert(task)
-            stops = [len(self.rows(task))]
-            if split == "validation":  # in the pieces that the race asks for, so they are shared
-                stops = list(self.suite.validation_rungs)
+            parts = self._rungs() if split == "validation" else [self.rows(task)]
             pieces = [
-                self.bench.bits(expert.sha256, expert.state, task, split, range(start, stop))
-                for start, stop in zip([0, *stops], stops, strict=False)
+                self.bench.bits(expert.sha256, expert.state, task, split, rows) for rows in parts
             ]
             out[task] = np.concatenate(pieces)
         return out
