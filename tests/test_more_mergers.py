@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from test_mergers import assert_close, assert_equal, double, generator, members, run
+from test_mergers import ELSEWHERE, assert_close, assert_equal, double, generator, members, run
 
 from benchmark.checkpoint import State, compatible, digest, task_vector
 from benchmark.contracts import Setting
@@ -14,7 +14,6 @@ from benchmark.errors import MethodError, UsageError
 from benchmark.merging.della import Della
 from benchmark.methods import merger
 
-SPECS = ["breadcrumbs", "della", "model-stock", "tsv", "iso-c", "cart", "mdm-oc"]
 Array = NDArray[np.float64]
 
 
@@ -22,7 +21,7 @@ def delta(expert: State, base: State, key: str = "w") -> Array:
     return double(expert[key]) - double(base[key])
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", ELSEWHERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_state_can_stand_in_for_the_base(spec: str, dtype: torch.dtype) -> None:
     base, experts = members(0, 2)
@@ -41,7 +40,7 @@ def test_merged_state_can_stand_in_for_the_base(spec: str, dtype: torch.dtype) -
     assert_equal(merged, run(spec, base, experts, (1.0, 1.0)))
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", ELSEWHERE)
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_setting_of_the_search_merges(spec: str, count: int) -> None:
     base, experts = members(3, count)
