@@ -17,9 +17,9 @@ from benchmark.contracts import (
     Knowledge,
     Merger,
     Setting,
-    WrappedMerger,
 )
 from benchmark.errors import MethodError
+from benchmark.merging.wrapped import WrappedMerger
 
 #: Settings a search may grow to; a grid that gives more is refused, not cut.
 MOST = 256

@@ -19,7 +19,8 @@ from benchmark.anatomy.alignment import (
 )
 from benchmark.anatomy.gauge import apply_qk, permute_heads, permute_units
 from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Knowledge, Merger, WrappedMerger
+from benchmark.contracts import Access, Attack, Card, Knowledge, Merger
+from benchmark.merging.wrapped import WrappedMerger
 
 Part = Literal["qk", "vo"]
 

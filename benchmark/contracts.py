@@ -38,7 +38,6 @@ __all__ = [
     "Setting",
     "Testbed",
     "Victim",
-    "WrappedMerger",
 ]
 
 
@@ -175,7 +174,9 @@ class Attack(ABC):
         return Members(knowledge.base, recovered, knowledge.partners)
 
     def merging(self, merger: Merger, anatomy: Anatomy) -> Merger:
-        """The merger as this attack uses it: itself, or a :class:`WrappedMerger`."""
+        """The merger as this attack uses it: itself, or a wrapper
+        (:class:`benchmark.merging.wrapped.WrappedMerger`).
+        """
         return merger
 
     def refine(self, merged: State, knowledge: Knowledge, rng: torch.Generator) -> State:
@@ -266,57 +267,6 @@ class Merger(ABC):
             return self.merge(base, experts, setting, knowledge, torch.Generator().set_state(start))
 
         return merged
-
-
-class WrappedMerger(Merger):
-    """A merger that an attack uses in its own way. Override what differs from ``inner``."""
-
-    def __init__(self, inner: Merger, attack: Attack) -> None:
-        self.inner = inner
-        self.attack = attack
-
-    @property
-    def parts(self) -> tuple[Attack, Merger]:
-        """What its results depend on."""
-        return self.attack, self.inner
-
-    @property
-    def card(self) -> Card:  # type: ignore[override]
-        return self.inner.card
-
-    @property
-    def access(self) -> Access:  # type: ignore[override]
-        return self.inner.access
-
-    @property
-    def task_aware(self) -> bool:  # type: ignore[override]
-        return self.inner.task_aware
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        return self.inner.stochastic
-
-    def search_space(self, members: int) -> list[Setting]:
-        return self.inner.search_space(members)
-
-    def merge(
-        self,
-        base: State,
-        experts: Sequence[State],
-        setting: Setting,
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> State:
-        return self.prepare(base, experts, knowledge, rng)(setting)
-
-    def prepare(
-        self,
-        base: State,
-        experts: Sequence[State],
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> Callable[[Setting], State]:
-        return self.inner.prepare(base, experts, knowledge, rng)
 
 
 class Testbed(ABC):

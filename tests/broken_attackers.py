@@ -21,9 +21,9 @@ from benchmark.contracts import (
     Members,
     Merger,
     Setting,
-    WrappedMerger,
 )
 from benchmark.errors import AccessError
+from benchmark.merging.wrapped import WrappedMerger
 
 
 @breaks("members")

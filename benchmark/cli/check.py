@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,17 +62,7 @@ def defense(
     """
     from benchmark.conformance import DEFENSE_CHECKS, check_defense
 
-    if list_checks:
-        _list(DEFENSE_CHECKS, as_json)
-        return
-    if name is None:
-        raise UsageError("which defense? Give a name, or file.py:Class; --list prints the checks")
-    expected = _expected(expect or ())
-    with steps(1 + len(only or DEFENSE_CHECKS.all())) as notify:
-        report = check_defense(
-            name, only=only or (), expected_failed_checks=expected, notify=notify
-        )
-    _show(report, as_json)
+    _check("defense", DEFENSE_CHECKS, check_defense, name, only, expect, list_checks, as_json)
 
 
 def attack(
@@ -100,14 +91,28 @@ def attack(
     """
     from benchmark.conformance import ATTACK_CHECKS, check_attack
 
+    _check("attack", ATTACK_CHECKS, check_attack, name, only, expect, list_checks, as_json)
+
+
+def _check(
+    kind: str,
+    checks: Checks[Any],
+    run: Callable[..., Report],
+    name: str | None,
+    only: list[str] | None,
+    expect: list[str] | None,
+    list_checks: bool,
+    as_json: bool,
+) -> None:
+    """The body of each command."""
     if list_checks:
-        _list(ATTACK_CHECKS, as_json)
+        _list(checks, as_json)
         return
     if name is None:
-        raise UsageError("which attack? Give a name, or file.py:Class; --list prints the checks")
+        raise UsageError(f"which {kind}? Give a name, or file.py:Class; --list prints the checks")
     expected = _expected(expect or ())
-    with steps(1 + len(only or ATTACK_CHECKS.all())) as notify:
-        report = check_attack(name, only=only or (), expected_failed_checks=expected, notify=notify)
+    with steps(1 + len(only or checks.all())) as notify:
+        report = run(name, only=only or (), expected_failed_checks=expected, notify=notify)
     _show(report, as_json)
 
 

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from benchmark.cli.output import Device, Force, Json, Seed, steps
 from benchmark.errors import UsageError
-
-if TYPE_CHECKING:
-    from benchmark.anatomy import Anatomy
-    from benchmark.contracts import Card
-
-_BLOW_UP = 10.0
-_EXACT = 1e-4  # METHODS section 1: what float32 leaves of an exact transform
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
 Base = Annotated[Path, typer.Option("--base", metavar="DIR", help="The public base model.")]
@@ -65,6 +57,7 @@ def protect(
     from benchmark.checkpoint import compatible, norm_growth, rounded, to_device
     from benchmark.cli.single import RUN, changed, check_result, needs_data, report, victim
     from benchmark.device import resolve
+    from benchmark.evaluation.flags import of_release
 
     method = methods.defense(defense)
     if method.method.card.trains:
@@ -96,6 +89,14 @@ def protect(
         growth = norm_growth(released, theta)
         step("writing")
         folders.save(released, source, out, force=force, sources=[base])
+    raised = of_release(
+        method.method.card,
+        source.anatomy.qk_gauge,
+        gap,
+        growth,
+        rounding["released"],
+        rounding["expert"],
+    )
     result = {
         "defense": method.spec,
         "summary": method.method.card.summary,
@@ -107,33 +108,13 @@ def protect(
         "logit_gap": gap,
         "bfloat16_gap": rounding,
         "norm_growth": growth,
-        "flags": _flags(method.method.card, source.anatomy, gap, growth, rounding),
+        "flags": [flag for flag, is_raised in raised.items() if is_raised],
         "seconds": seconds,
         "seed": seed,
         "left_behind": [str(file) for file in source.left_behind()],
         "out": str(out),
     }
     report(result, as_json, against="the expert")
-
-
-def _flags(
-    card: Card,
-    anatomy: Anatomy,
-    gap: float | None,
-    growth: float,
-    rounding: Mapping[str, float | None],
-) -> list[str]:
-    """The flags of :mod:`benchmark.evaluation.flags` that show without data."""
-    flags = []
-    if card.exact and gap is not None and not gap <= _EXACT:
-        flags.append("not-equivalent")
-    if card.locks and anatomy.qk_gauge != "general":
-        flags.append("restricted-gauge")
-    if growth > _BLOW_UP:
-        flags.append("norm-blow-up")
-    if (rounding["released"] or 0.0) > 2 * (rounding["expert"] or 0.0):
-        flags.append("half-precision-loss")
-    return flags
 
 
 def attack(

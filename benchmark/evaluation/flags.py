@@ -5,7 +5,17 @@ A flag never changes a score. ``unmergebench explain FLAG`` prints its row of th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from benchmark.anatomy.blocks import Gauge
+    from benchmark.contracts import Card
+
+
+#: Max relative |Δlogit| that float32 leaves of an exact transform (METHODS section 1).
+EXACT = 1e-4
+#: Growth of a weight's norm over the expert's that earns norm-blow-up.
+MOST_GROWTH = 10.0
 
 
 class Flag(NamedTuple):
@@ -82,3 +92,24 @@ FLAGS: dict[str, Flag] = {
         "other partners, or a lower access tier for the outside option.",
     ),
 }
+
+
+def of_release(
+    card: Card,
+    qk_gauge: Gauge,
+    gap: float | None,
+    growth: float,
+    half: float | None,
+    half_expert: float | None,
+) -> dict[str, bool]:
+    """Which of the flags that show without data a release raises.
+
+    ``gap``: max relative |Δlogit| against the expert; ``growth``: of the largest norm; ``half`` and
+    ``half_expert``: what bfloat16 costs release and expert. None where it was not measured.
+    """
+    return {
+        "not-equivalent": card.exact and gap is not None and not gap <= EXACT,
+        "restricted-gauge": card.locks and qk_gauge != "general",
+        "half-precision-loss": (half or 0.0) > 2 * (half_expert or 0.0),
+        "norm-blow-up": growth > MOST_GROWTH,
+    }

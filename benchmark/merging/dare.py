@@ -63,10 +63,15 @@ class _Dropped(GridMerger):
         """What is added to the base, as (coefficient, τ) pairs."""
 
 
+def draws_of(tau: State, seed: int) -> torch.Generator:
+    """A generator that belongs to this τ: its masks depend on no other member, nor on the order."""
+    own = hashlib.sha256(f"{seed}|{digest(tau)}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(own[:8], "big") >> 1)
+
+
 def drop(tau: State, density: float, seed: int) -> State:
     """τ̃: each entry kept with probability ``density`` and divided by it, else 0."""
-    own = hashlib.sha256(f"{seed}|{digest(tau)}".encode()).digest()
-    rng = torch.Generator().manual_seed(int.from_bytes(own[:8], "big") >> 1)
+    rng = draws_of(tau, seed)
     kept = {}
     for key in sorted(tau):
         mask = torch.rand(tau[key].shape, generator=rng) < density

@@ -10,7 +10,6 @@ to the tensor's ℓ1 norm instead of by p: ``rescale=l1``.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,8 +17,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, digest, task_vector
+from benchmark.checkpoint import State, task_vector
 from benchmark.contracts import Card, Knowledge, Setting
+from benchmark.merging.dare import draws_of
 from benchmark.merging.tau import GridMerger, active, weighted_sum
 from benchmark.merging.ties import elect
 
@@ -75,8 +75,7 @@ class Della(GridMerger):
     def _drop(self, tau: State, seed: int) -> State:
         if self.density == 1:
             return tau
-        own = hashlib.sha256(f"{seed}|{digest(tau)}".encode()).digest()
-        rng = torch.Generator().manual_seed(int.from_bytes(own[:8], "big") >> 1)
+        rng = draws_of(tau, seed)
         return {key: self._thin(tau[key], rng) for key in sorted(tau)}
 
     def _thin(self, tau: Tensor, rng: torch.Generator) -> Tensor:

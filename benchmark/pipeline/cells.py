@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from benchmark.checkpoint import digest
 from benchmark.contracts import Access, Attack, Setting
 from benchmark.errors import AssetError
+from benchmark.evaluation.flags import of_release
 from benchmark.evaluation.scoring import (
     UTILITY_GATE,
     accuracies,
@@ -27,9 +28,6 @@ from benchmark.pipeline.plan import Planned
 from benchmark.pipeline.suite import Group, Suite
 from benchmark.pipeline.workbench import Model, Workbench
 from benchmark.records import Cell, Hashes, Seconds, Spent
-
-#: Growth of a weight's norm over the expert's that earns the flag norm-blow-up.
-MOST_GROWTH = 10.0
 
 #: A full or unwritable disk says nothing about a method: it stops the run.
 MACHINE_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
@@ -240,10 +238,14 @@ class CellMaker:
         raised = {
             "no-benefit": cell.status == "no-benefit",
             "utility-gate": (cell.utility_drop or 0.0) > UTILITY_GATE,
-            "not-equivalent": planned.defense.method.card.exact and (cell.logit_gap or 0.0) > 1e-4,
             "destructive-attack": undefended and lost > UTILITY_GATE,
-            "restricted-gauge": planned.defense.method.card.locks and cell.qk_gauge != "general",
-            "half-precision-loss": (cell.bf16_gap or 0.0) > 2 * (cell.bf16_gap_expert or 0.0),
-            "norm-blow-up": self.bench.norm_growth(released, expert) > MOST_GROWTH,
+            **of_release(
+                planned.defense.method.card,
+                self.bench.anatomy.qk_gauge,
+                cell.logit_gap,
+                self.bench.norm_growth(released, expert),
+                cell.bf16_gap,
+                cell.bf16_gap_expert,
+            ),
         }
         return [flag for flag, is_raised in raised.items() if is_raised]

@@ -10,7 +10,6 @@ from benchmark import methods
 from benchmark.contracts import Attack, Defense, Ensemble, Merger, Setting
 from benchmark.errors import MethodError, UnmergeBenchError
 from benchmark.evaluation.scoring import accuracies
-from benchmark.evaluation.search import Racer
 from benchmark.methods import Named
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate, Skip
@@ -80,13 +79,7 @@ def screen(
     rows = range(rider.suite.validation_rungs[0])
     expert = accuracies(rider.experts(group, "validation"))
     for spec, options in entries.items():
-        scores = []
-        for option in options:
-            racer = Racer(spec)
-            for task in expert:
-                bits = rider.bench.bits(option.content, option.build, task, "validation", rows)
-                racer.extend(task, bits)
-            scores.append(float(racer.outcomes(expert).mean()))
+        scores = [float(rider.validated(o, expert, [rows]).mean()) for o in options]
         report.scores[spec] = round(max(scores), 4)
         report.passes += len(options) * len(rows) * len(expert)
     first, *others = entries

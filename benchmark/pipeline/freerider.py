@@ -52,7 +52,6 @@ class FreeRider:
         self.suite = suite
         self._outcomes: dict[tuple[str, ...], Outcome] = {}
         self._chosen: dict[tuple[str, ...], tuple[Named[Attack], dict[str, object]]] = {}
-        self._passes = 0
 
     def check(self, group: Group) -> None:
         """Raise UsageError if a task has fewer validation examples than the search wants."""
@@ -93,7 +92,7 @@ class FreeRider:
             if means:
                 options += made.controls(self.bench, attack, merger, settings, group, seed)
             # Few, and shared by all defenses: no racing, which could lose one to a bad start.
-            ranked = self._race([], group, known=options)
+            ranked, _ = self._race([], group, known=options)
             if refines:
                 best_of_each: dict[str, Candidate] = {}
                 for option, _ in ranked:
@@ -102,7 +101,7 @@ class FreeRider:
                     made.refined(self.bench, option, attack, group, seed)
                     for option in best_of_each.values()
                 ]
-                ranked = self._race([], group, known=[*after, ranked[0][0]])
+                ranked, _ = self._race([], group, known=[*after, ranked[0][0]])
             self._outcomes[key] = self._outcome(ranked, group)
         return self._outcomes[key]
 
@@ -145,7 +144,7 @@ class FreeRider:
                 report.failed[spec] = str(error).splitlines()[0]
                 continue
             report.searches[spec] = outcome.passes
-            mine = self._validated(outcome.best, group, expert)
+            mine = self.validated(outcome.best, expert, self._rungs())
             gap = 0.0 if leading is None else mine - leading
             error_of_mean = np.std(gap, ddof=1) / len(mine) ** 0.5 if leading is not None else 0.0
             if leading is None or np.mean(gap) > error_of_mean:
@@ -176,14 +175,13 @@ class FreeRider:
             s for s in self.settings(merger, group) if s.coefficients[0] and any(s.coefficients[1:])
         ]
         options = made.merges(self.bench, merger, base, parts, settings, group, seed, "merge")
-        ranked = self._race(options, group, known=[outside])
-        passes = self._passes
+        ranked, passes = self._race(options, group, known=[outside])
         merge = next(option for option, _ in ranked if option.kind == "merge")
         spent: dict[str, float] = {}
         if attack.method.refines:
             refined = made.refined(self.bench, merge, attack, group, seed)
             spent = made.spent(self.bench, refined)
-            ranked = self._race([refined, merge], group, known=[outside])
+            ranked, _ = self._race([refined, merge], group, known=[outside])
             merge = next(option for option, _ in ranked if option.kind == "merge")
         outcome = self._outcome(ranked, group)
         outcome.merge, outcome.spent, outcome.passes = merge, spent, passes
@@ -202,13 +200,13 @@ class FreeRider:
         except MethodError as error:
             raise Skip(str(error)) from None
 
-    def _validated(
-        self, candidate: Candidate, group: Group, expert: dict[str, float]
+    def validated(
+        self, candidate: Candidate, expert: dict[str, float], pieces: Sequence[range]
     ) -> np.ndarray:
-        """Normalised outcome per validation example, averaged over tasks: (n,)."""
+        """Normalised outcome per validation example of ``pieces``, averaged over tasks: (n,)."""
         racer = Racer(candidate.name)
         for task in expert:
-            for rows in self._rungs():
+            for rows in pieces:
                 bits = self.bench.bits(candidate.content, candidate.build, task, "validation", rows)
                 racer.extend(task, bits)
         return racer.outcomes(expert)
@@ -243,8 +241,9 @@ class FreeRider:
 
     def _race(
         self, options: Sequence[Candidate], group: Group, known: Sequence[Candidate] = ()
-    ) -> Ranked:
-        """All with their validation scores: those that saw the whole of it first, best first.
+    ) -> tuple[Ranked, int]:
+        """All with their validation scores, whole ones first, best first; and the
+        forward passes of ``options``.
 
         ``known`` ones are never dropped: they were seen whole before, or are to be.
         """
@@ -257,10 +256,10 @@ class FreeRider:
             return self.bench.bits(option.content, option.build, task, "validation", rows)
 
         race(racers, correct, expert, self.suite.validation_rungs)
-        self._passes = sum(racer.seen * len(expert) for racer in racers if not racer.safe)
+        passes = sum(racer.seen * len(expert) for racer in racers if not racer.safe)
         scored = [(r.seen, float(r.outcomes(expert).mean()), by_name[r.name]) for r in racers]
         scored.sort(key=lambda entry: (-entry[0], -entry[1]))
-        return [(option, score) for _, score, option in scored]
+        return [(option, score) for _, score, option in scored], passes
 
     def _outcome(self, ranked: Ranked, group: Group) -> Outcome:
         best, score = ranked[0]
