@@ -8,17 +8,18 @@ until ⌊density·n⌋ are left (as in mergekit: fewer outliers where both canno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from benchmark.checkpoint import State, task_vector
+from benchmark.checkpoint import State
 from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.merging.tau import GridMerger, active, weighted_sum, wide
-from benchmark.merging.ties import threshold
+from benchmark.merging.selection import threshold
+from benchmark.merging.streaming import Cut, Difference, differences
+from benchmark.merging.tau import GridMerger, active, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -55,24 +56,20 @@ class Breadcrumbs(GridMerger):
         rng: torch.Generator,
     ) -> Callable[[Setting], State]:
         taus = [
-            {key: self._mask(delta) for key, delta in task_vector(expert, base).items()}
+            {key: self._mask(delta) for key, delta in differences(expert, base).items()}
             for expert in experts
         ]
         return lambda setting: weighted_sum(
             base, [(c, taus[i]) for i, c in active(setting, len(taus))]
         )
 
-    def _mask(self, tau: Tensor) -> Tensor:
-        n = tau.numel()
-        kept, top = int(self.density * n), int(self.gamma * n)
+    def _mask(self, delta: Difference) -> Cut:
+        n = len(delta)
         if self.density >= 1:
-            return tau
+            return Cut(delta, 0.0)
+        kept, top = int(self.density * n), int(self.gamma * n)
         if kept == 0:
-            return torch.zeros_like(tau)
+            return Cut(delta, math.inf)
         top -= max(0, kept + top - n)
-        size = wide(tau).abs()
-        low = threshold([tau], kept + top)  # the (kept + top) greatest are at least this
-        mask = size >= low
-        if top:
-            mask &= size < threshold([tau], top)
-        return torch.where(mask, tau, 0)
+        least = float(threshold([delta], kept + top))  # the (kept + top) greatest are at least this
+        return Cut(delta, least, float(threshold([delta], top)) if top else math.inf)

@@ -22,7 +22,7 @@ import torch
 from benchmark.checkpoint import State, digest, task_vector
 from benchmark.contracts import Card, Knowledge, Setting
 from benchmark.merging.tau import GridMerger, active, weighted_sum
-from benchmark.merging.ties import elect
+from benchmark.merging.ties import elected
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class _Dropped(GridMerger):
 
         def merged(setting: Setting) -> State:
             kept = [(c, taus[i]) for i, c in active(setting, len(taus))]
-            return weighted_sum(base, self._combine(kept))
+            return self._combine(base, kept)
 
         return merged
 
     @abstractmethod
-    def _combine(self, members: list[tuple[float, State]]) -> list[tuple[float, State]]:
-        """What is added to the base, as (coefficient, τ) pairs."""
+    def _combine(self, base: State, members: list[tuple[float, State]]) -> State:
+        """The merged State of (coefficient, dropped τ) pairs."""
 
 
 def draws_of(tau: State, seed: int) -> torch.Generator:
@@ -92,8 +92,8 @@ class Dare(_Dropped):
         fidelity="faithful",
     )
 
-    def _combine(self, members: list[tuple[float, State]]) -> list[tuple[float, State]]:
-        return members
+    def _combine(self, base: State, members: list[tuple[float, State]]) -> State:
+        return weighted_sum(base, members)
 
 
 @dataclass(frozen=True)
@@ -109,5 +109,5 @@ class DareTies(_Dropped):
         notes="as mergekit's dare_ties with normalize: false",
     )
 
-    def _combine(self, members: list[tuple[float, State]]) -> list[tuple[float, State]]:
-        return [(1.0, elect(members, normalize=False))]
+    def _combine(self, base: State, members: list[tuple[float, State]]) -> State:
+        return elected(base, members)

@@ -21,7 +21,7 @@ from benchmark.checkpoint import State, task_vector
 from benchmark.contracts import Card, Knowledge, Setting
 from benchmark.merging.dare import draws_of
 from benchmark.merging.tau import GridMerger, active, weighted_sum
-from benchmark.merging.ties import elect
+from benchmark.merging.ties import elected
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Della(GridMerger):
 
         def merged(setting: Setting) -> State:
             kept = [(c, taus[i]) for i, c in active(setting, len(taus))]
-            return weighted_sum(base, [(1.0, elect(kept, False))] if self.elect else kept)
+            return elected(base, kept) if self.elect else weighted_sum(base, kept)
 
         return merged
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,16 @@ from benchmark.merging.tau import GridMerger, active, searched, wide
 #: These mergers scale the sum of all members by one number: a shared λ around 1.
 _SHARED = (0.3, 0.5, 0.7, 1.0, 1.3)
 
+#: What a merger finds out about a matrix before it knows the coefficients.
+Parts = TypeVar("Parts")
+#: Orthogonal left and right directions, and between them each member's singular values.
+Bases = tuple[Tensor, list[Tensor], Tensor]
+#: The mean of the members, and each member's low-rank part around it.
+Centred = tuple[Tensor, list[Tensor]]
+
 
 @dataclass(frozen=True)
-class _Spectral(GridMerger):
+class _Spectral(GridMerger, Generic[Parts]):
     """Per matrix, a merged τ from the members' coefficient-weighted τ."""
 
     grid: tuple[float, ...] = searched((0.0, 0.5, 1.0))
@@ -36,41 +43,44 @@ class _Spectral(GridMerger):
         rng: torch.Generator,
     ) -> Callable[[Setting], State]:
         taus = [task_vector(expert, base) for expert in experts]
-        made: dict[tuple[str, tuple[int, ...]], object] = {}
+        made: dict[tuple[str, tuple[int, ...]], Parts] = {}
+
+        def matrix(key: str, present: list[tuple[int, float]], members: int) -> Tensor:
+            where = (key, tuple(i for i, _ in present))
+            if where not in made:
+                flat = [wide(taus[i][key]).flatten(1) for i, _ in present]
+                made[where] = self._decompose(flat, members)
+            return self._combine(made[where], [c for _, c in present])
 
         def merged(setting: Setting) -> State:
             members = active(setting, len(taus))
             out = dict(base)
             for key in dict.fromkeys(key for i, _ in members for key in taus[i]):
                 present = [(i, c) for i, c in members if key in taus[i]]
-                deltas = [wide(taus[i][key]) for i, _ in present]
-                weights = [c for _, c in present]
-                if deltas[0].ndim < 2:
-                    step = sum(c * d for c, d in zip(weights, deltas, strict=True)) / len(members)
+                if base[key].ndim < 2:
+                    vectors = [wide(taus[i][key]) for i, _ in present]
+                    step = _weighted([c for _, c in present], vectors) / len(members)
                 else:
-                    where = (key, tuple(i for i, _ in present))
-                    flat = [d.flatten(1) for d in deltas]
-                    step = self._matrix(flat, weights, len(members), made, where)
-                    step = step.reshape(deltas[0].shape)
+                    step = matrix(key, present, len(members)).reshape(base[key].shape)
                 out[key] = (wide(base[key]) + step).to(base[key].dtype)
             return out
 
         return merged
 
     @abstractmethod
-    def _matrix(
-        self,
-        deltas: list[Tensor],
-        weights: list[float],
-        members: int,
-        made: dict[tuple[str, tuple[int, ...]], object],
-        where: tuple[str, tuple[int, ...]],
-    ) -> Tensor:
-        """The merged τ of one matrix. ``made`` keeps decompositions from setting to setting."""
+    def _decompose(self, deltas: list[Tensor], members: int) -> Parts:
+        """What no coefficient changes: found once for each matrix and choice of members.
+
+        ``deltas``: (n, m) each, of those of the ``members`` that moved this matrix.
+        """
+
+    @abstractmethod
+    def _combine(self, parts: Parts, weights: list[float]) -> Tensor:
+        """The merged τ of one matrix, (n, m), for the coefficients of its ``deltas``."""
 
 
 @dataclass(frozen=True)
-class TSV(_Spectral):
+class TSV(_Spectral[Bases]):
     """Task singular vectors, merged: each τ cut to 1/N of its rank, directions orthogonalised.
 
     τ_i ≈ U_i·S_i·V_iᵀ (the top r = min(n, m)/N);  U = [U_1 … U_N], S = diag(c_i·S_i), V likewise
@@ -85,21 +95,21 @@ class TSV(_Spectral):
         fidelity="faithful",
     )
 
-    def _matrix(self, deltas, weights, members, made, where):  # type: ignore[no-untyped-def]
-        if where not in made:
-            rank = max(1, min(deltas[0].shape) // members)
-            parts = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
-            left = torch.cat([u[:, :rank] for u, _, _ in parts], 1)
-            right = torch.cat([v[:rank] for _, _, v in parts])
-            spectra = [s[:rank] for _, s, _ in parts]
-            made[where] = _orthogonal(left), spectra, _orthogonal(right.mT).mT
-        left, spectra, right = made[where]
+    def _decompose(self, deltas: list[Tensor], members: int) -> Bases:
+        rank = max(1, min(deltas[0].shape) // members)
+        parts = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+        left = torch.cat([u[:, :rank] for u, _, _ in parts], 1)
+        right = torch.cat([v[:rank] for _, _, v in parts])
+        return _orthogonal(left), [s[:rank] for _, s, _ in parts], _orthogonal(right.mT).mT
+
+    def _combine(self, parts: Bases, weights: list[float]) -> Tensor:
+        left, spectra, right = parts
         s = torch.cat([c * s for c, s in zip(weights, spectra, strict=True)])
         return (left * s) @ right
 
 
 @dataclass(frozen=True)
-class IsoC(_Spectral):
+class IsoC(_Spectral[list[Tensor]]):
     """Isotropic merging in the common subspace: the sum of all τ with a flat spectrum.
 
     Σ c_i·τ_i = U·S·Vᵀ,   τ = mean(S)·U·Vᵀ
@@ -114,14 +124,17 @@ class IsoC(_Spectral):
         fidelity="faithful",
     )
 
-    def _matrix(self, deltas, weights, members, made, where):  # type: ignore[no-untyped-def]
-        total = sum(c * delta for c, delta in zip(weights, deltas, strict=True))
+    def _decompose(self, deltas: list[Tensor], members: int) -> list[Tensor]:
+        return deltas  # the coefficients change the singular vectors of the sum
+
+    def _combine(self, parts: list[Tensor], weights: list[float]) -> Tensor:
+        total = _weighted(weights, parts)
         u, s, v = torch.linalg.svd(total, full_matrices=False)
         return s.mean() * (u @ v)
 
 
 @dataclass(frozen=True)
-class Cart(_Spectral):
+class Cart(_Spectral[Centred]):
     """Centred, rank-reduced task vectors.
 
         θ̄ = mean(θ_i),   τ = (θ̄ − θ0) + Σ c_i · LR_r(θ_i − θ̄),   r = ``rank`` · min(n, m)
@@ -145,17 +158,22 @@ class Cart(_Spectral):
             raise ValueError(f"need 0 < rank <= 1, got {self.rank}")
         super().__post_init__()
 
-    def _matrix(self, deltas, weights, members, made, where):  # type: ignore[no-untyped-def]
-        if where not in made:
-            centre = sum(deltas) / members
-            rank = max(1, round(self.rank * min(deltas[0].shape)))
-            cut = []
-            for delta in deltas:
-                u, s, v = torch.linalg.svd(delta - centre, full_matrices=False)
-                cut.append((u[:, :rank] * s[:rank]) @ v[:rank])
-            made[where] = centre, cut
-        centre, cut = made[where]
-        return centre + sum(c * part for c, part in zip(weights, cut, strict=True))
+    def _decompose(self, deltas: list[Tensor], members: int) -> Centred:
+        centre = _weighted([1.0] * len(deltas), deltas) / members
+        rank = max(1, round(self.rank * min(deltas[0].shape)))
+        cut = []
+        for delta in deltas:
+            u, s, v = torch.linalg.svd(delta - centre, full_matrices=False)
+            cut.append((u[:, :rank] * s[:rank]) @ v[:rank])
+        return centre, cut
+
+    def _combine(self, parts: Centred, weights: list[float]) -> Tensor:
+        centre, cut = parts
+        return centre + _weighted(weights, cut)
+
+
+def _weighted(weights: list[float], parts: list[Tensor]) -> Tensor:
+    return sum((c * part for c, part in zip(weights, parts, strict=True)), torch.zeros(()))
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

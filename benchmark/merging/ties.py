@@ -18,13 +18,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, task_vector
+from benchmark.checkpoint import State
 from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.merging.tau import GridMerger, active, searched, weighted_sum, wide
+from benchmark.merging.selection import threshold
+from benchmark.merging.streaming import Cut, Difference, Tau, differences, streamed
+from benchmark.merging.tau import GridMerger, active, searched
 
 Scope = Literal["global", "tensor"]
 
@@ -61,6 +62,8 @@ class Ties(GridMerger):
             raise ValueError(f"need 0 < density <= 1, got {self.density}")
         if not math.isfinite(self.scale):
             raise ValueError(f"need a finite scale, got {self.scale}")
+        if self.normalize and self.per == "layer":
+            raise ValueError("by layer every coefficient counts: per=layer needs normalize=false")
         super().__post_init__()
 
     def search_space(self, members: int) -> list[Setting]:
@@ -84,69 +87,63 @@ class Ties(GridMerger):
     ) -> Callable[[Setting], State]:
         total = sum(v.numel() for v in base.values() if v.is_floating_point())
         taus = [
-            trim(task_vector(expert, base), self.density, self.scope, total) for expert in experts
+            trim(differences(expert, base), self.density, self.scope, total) for expert in experts
         ]
 
         def merged(setting: Setting) -> State:
             kept = [(c, taus[i]) for i, c in active(setting, len(taus))]
             scale = setting.parameters.get("scale", self.scale)
-            return weighted_sum(base, [(scale, elect(kept, self.normalize))])
+            return elected(base, kept, self.normalize, scale)
 
         return merged
 
 
-def trim(tau: State, density: float, scope: Scope, total: int) -> State:
+def trim(tau: dict[str, Difference], density: float, scope: Scope, total: int) -> dict[str, Cut]:
     """The entries of τ with the greatest magnitude; ``total`` is the length of the flattened τ."""
     if scope == "tensor":
-        return {
-            key: _keep(delta, threshold([delta], max(1, int(density * delta.numel()))))
-            for key, delta in tau.items()
-        }
-    cut = threshold(list(tau.values()), max(1, int(density * total)))
-    return {key: _keep(delta, cut) for key, delta in tau.items()}
+        found = [threshold([delta], max(1, int(density * len(delta)))) for delta in tau.values()]
+    else:
+        found = [threshold(list(tau.values()), max(1, int(density * total)))] * len(tau)
+    # One transfer for all tensors: a GPU is waited for once.
+    cuts = torch.stack([cut.double() for cut in found]).tolist() if found else []
+    return {key: Cut(delta, cut) for (key, delta), cut in zip(tau.items(), cuts, strict=True)}
 
 
-def threshold(parts: list[Tensor], count: int) -> float:
-    """The ``count``-th greatest magnitude over all parts, 0 where there are not that many."""
-    size = sum(part.numel() for part in parts)
-    if count >= size:
-        return 0.0
-    flat = torch.cat([wide(part).abs().reshape(-1) for part in parts])
-    if flat.is_cuda:
-        return float(flat.kthvalue(size - count + 1).values)
-    # Selection, not sorting: tens of millions of entries in a fraction of a second.
-    return float(np.partition(flat.numpy(), size - count)[size - count])
+def elected(
+    base: State, members: Sequence[tuple[float, Tau]], normalize: bool = False, scale: float = 1.0
+) -> State:
+    """The merged State of (coefficient, trimmed τ) pairs: entries against γ are left out."""
+
+    def merge(start: Tensor, deltas: list[tuple[float, Tensor]]) -> Tensor:
+        return torch.add(start, _elect(deltas, normalize), alpha=scale)
+
+    return streamed(base, members, merge)
 
 
-def _keep(delta: Tensor, threshold: float) -> Tensor:
-    return torch.where(delta.abs() >= threshold, delta, 0)
-
-
-def elect(members: Sequence[tuple[float, State]], normalize: bool) -> State:
-    """The merged τ of (coefficient, trimmed τ) pairs: entries that disagree with γ are left out."""
-    keys = dict.fromkeys(key for _, tau in members for key in tau)
-    return {
-        key: _elect([(c, wide(tau[key])) for c, tau in members if key in tau], normalize)
-        for key in keys
-    }
-
-
-def _elect(members: Sequence[tuple[float, Tensor]], normalize: bool) -> Tensor:
+def _elect(members: list[tuple[float, Tensor]], normalize: bool) -> Tensor:
     weighted = [c * delta for c, delta in members]
-    up = _sum([w.clamp(min=0) for w in weighted])
-    down = _sum([w.clamp(max=0) for w in weighted])
-    positive = up + down >= 0  # γ = +
-    merged = torch.where(positive, up, down)
+    up, down = torch.zeros_like(weighted[0]), torch.zeros_like(weighted[0])
+    for value in weighted:
+        up += value.clamp(min=0)
+        down += value.clamp(max=0)
+    positive = _mask(torch.ge, up + down, 0)  # γ = +
+    merged = _pick(positive, up, down)
     if not normalize:
         return merged
-    weight_up = _sum([c * (w > 0) for (c, _), w in zip(members, weighted, strict=True)])
-    weight_down = _sum([c * (w < 0) for (c, _), w in zip(members, weighted, strict=True)])
-    weight = torch.where(positive, weight_up, weight_down)
-    return merged / torch.where(weight.abs() < 1e-8, 1.0, weight)
+    weight_up, weight_down = up.zero_(), down.zero_()
+    for (coefficient, _), value in zip(members, weighted, strict=True):
+        weight_up.add_(_mask(torch.gt, value, 0), alpha=coefficient)
+        weight_down.add_(_mask(torch.lt, value, 0), alpha=coefficient)
+    weight = _pick(positive, weight_up, weight_down)
+    none = _mask(torch.lt, weight.abs(), 1e-8)
+    return merged.div_(_pick(none, torch.ones_like(weight), weight))
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def _mask(compare: Callable[..., Tensor], value: Tensor, bound: float) -> Tensor:
+    """1.0 where the comparison holds, else 0.0: ten times as fast as bool on a CPU."""
+    return compare(value, bound, out=torch.empty_like(value))
+
+
+def _pick(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """``torch.where`` for finite values and a mask of 0.0 and 1.0, without a branch per entry."""
+    return torch.addcmul(no, no, mask, value=-1).addcmul_(yes, mask)
