@@ -253,7 +253,12 @@ def merge(
       unmergebench merge BASE A B --merger ties --coefficients 0.5,0.5 --out MERGED
 
       unmergebench merge BASE A B --merger slerp --coefficients 0.6,0.4 --out MERGED
+
+      unmergebench merge BASE A B --merger 'mergekit/ties(density=0.2, via=command-line)' \\
+      --coefficients 0.5,0.5 --out MERGED --json
     """  # fmt: skip
+    from dataclasses import replace
+
     import torch
 
     from benchmark import folders, methods, probe
@@ -262,6 +267,7 @@ def merge(
     from benchmark.cli.single import changed, check_result, member, needs_data, report
     from benchmark.contracts import Access, Setting
     from benchmark.device import resolve
+    from benchmark.merging.folderwise import merge_folders
 
     method = methods.merger(merger)
     if method.method.access > Access.WEIGHTS or method.method.task_aware:
@@ -285,11 +291,12 @@ def merge(
         step(method.spec)
         theta0 = to_device(origin.state, where)
         started = time.perf_counter()
-        merged = method.method.merge(
-            theta0,
+        merged, record = merge_folders(
+            method.method,
+            replace(origin, state=theta0),
+            experts,
             [to_device(member, where) for member in members],
             setting,
-            None,
             torch.Generator().manual_seed(seed),
         )
         seconds = time.perf_counter() - started
@@ -301,6 +308,7 @@ def merge(
         "summary": method.method.card.summary,
         "experts": [str(path) for path in experts],
         "setting": setting.to_dict(),
+        **({"tool": record} if record else {}),
         "changed_tensors": changed(merged, theta0),
         "tensors": len(theta0),
         "distance_after": probe.relative_distance(merged, theta0, None),

@@ -1,60 +1,74 @@
-"""mergekit, the tool a free-rider really uses, in memory (extra ``[mergekit]``, imported lazily).
+"""mergekit, the tool a free-rider really uses (extra ``[mergekit]``, imported lazily).
 
 The registry has one name per method, ``mergekit/ties`` and so on; parameters are mergekit's own,
-``None`` leaves its default. What it returns is checked before anybody sees it: every key, shapes,
-finite values, and for methods with a closed form one tensor against the formula. Whatever fails
-becomes a MethodError with the tool's message, never a merge that seems to protect.
+``None`` leaves its default. ``via`` says by which door: in memory, or the command line on files
+(:mod:`benchmark.merging.mergekit_cli`). What comes back is checked before anybody sees it: every
+key, shapes, dtypes, finite values, and for methods with a closed form one tensor against the
+formula. Whatever fails becomes a MethodError with the tool's message, never a merge that seems to
+protect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from benchmark.checkpoint import State, compatible
 from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.errors import MethodError
-from benchmark.merging.tau import GridMerger, active, wide
+from benchmark.errors import MethodError, UsageError
+from benchmark.folders import Checkpoint
+from benchmark.merging import mergekit_cli
+from benchmark.merging.folderwise import FolderMerger
+from benchmark.merging.mergekit_cli import Request, refuse_unknown
+from benchmark.merging.mergekit_formula import check
+from benchmark.merging.tau import GridMerger, active, in_or_out
 
 _INSTALL = "pip install 'unmergebench[mergekit]'"
-#: Methods whose members have no weight: they are in or out.
-_UNWEIGHTED = ("model_stock", "karcher", "arcee_fusion", "sce", "ram", "ramplus_tl")
-#: Methods of one model or two, with a position t between base and member.
-_BETWEEN = ("slerp", "nearswap")
-#: Relative error allowed between the tool's tensor and its formula.
-_TOLERANCE = 1e-5
-
-Options = Mapping[str, object]
+#: Methods of two models of which one takes the part of the base.
+_BETWEEN = ("slerp", "nearswap", "arcee_fusion")
+#: Positions between two models; for nearswap a distance in weight space, so of a weight's size.
+_POSITIONS = {
+    "slerp": (0.2, 0.35, 0.5, 0.65, 0.8),
+    "nearswap": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+}
+_SYMMETRIC = ("slerp",)
+#: With a base it fails on three or more task vectors of zero, as frozen tensors have.
+_BASELESS = ("multislerp",)
+BASE = "base"
 
 
 @dataclass(frozen=True)
-class MergeKit(GridMerger):
+class MergeKit(GridMerger, FolderMerger):
     """One method of mergekit. Subclasses name it.
 
     Attributes:
+        via: ``memory``, or ``command-line``: files and a program per merge (seconds each).
         density: share of entries kept (ties, dare, breadcrumbs, della).
         gamma: share of outliers dropped (breadcrumbs).
         epsilon: spread of the drop probability (della).
         normalize: divide by the sum of weights.
         rescale: rescale what was dropped to its norm before.
         scale: mergekit's ``lambda``.
+        select_topk: share of entries kept by their variance (sce).
     """
 
+    via: Literal["memory", "command-line"] = "memory"
     density: float | None = None
     gamma: float | None = None
     epsilon: float | None = None
     normalize: bool | None = None
     rescale: bool | None = None
     scale: float | None = None
+    select_topk: float | None = None
 
     method: ClassVar[str] = "task_arithmetic"
     stochastic: ClassVar[bool] = False
     card: ClassVar[Card] = Card(
-        summary="mergekit in memory",
+        summary="mergekit",
         authors="Charles Goddard et al. (Arcee AI)",
         paper="Arcee's MergeKit: A Toolkit for Merging Large Language Models",
         arxiv="2403.13257",
@@ -62,18 +76,60 @@ class MergeKit(GridMerger):
         licence="LGPL-3.0 (the tool, used as a library)",
     )
 
+    @property
+    def outside(self) -> str:
+        """The tool's version, on which results depend."""
+        return mergekit_cli.version()
+
     def search_space(self, members: int) -> list[Setting]:
-        """Weights as for every merger; in or out, or a position between two, where it has none."""
-        if self.method in _UNWEIGHTED:
-            if self.method == "arcee_fusion" and members != 1:
-                raise MethodError("mergekit's arcee_fusion merges one model into the base")
-            without = [Setting((0.0, *(1.0,) * (members - 1)))] if members > 2 else []
-            return [Setting((1.0,) * members), *without]
+        """Weights as for every merger, where the method has them; else in or out, or a position.
+
+        ``into``: which member takes the part of the base. Where weights are normalised only their
+        ratios are tried, and ``lambda`` where the method has it.
+
+        Raises:
+            MethodError: the method does not merge so many.
+        """
+        spec = _method(self.method).spec
+        least, most = _members(spec)
+        if not least <= members <= most:
+            wants = f"exactly {least}" if least == most else f"at least {least}"
+            raise MethodError(
+                f"mergekit's {self.method} takes {wants} of the models, not {members}"
+            )
         if self.method in _BETWEEN:
-            if members != 2:
-                raise MethodError(f"mergekit's {self.method} merges exactly two models")
-            return [Setting((1.0, 1.0), {"t": t}) for t in (0.2, 0.35, 0.5, 0.65, 0.8)]
-        return super().search_space(members)
+            both = (1.0,) * members
+            into = (0.0,) if self.method in _SYMMETRIC else (0.0, 1.0)
+            positions = [{"t": t} for t in _POSITIONS.get(self.method, ())] or [{}]
+            return [Setting(both, {"into": i, **position}) for i in into for position in positions]
+        known = {parameter.name for parameter in spec.parameters}
+        if "weight" in known:
+            found = super().search_space(members)
+            if self.fixed is None and self.per != "layer" and self._normalizes(spec):
+                found = self._ratios(found, "lambda" in known and self.scale is None)
+        else:
+            found = in_or_out(members)
+
+        def enough(row: Sequence[float]) -> bool:
+            return not any(row) or sum(c != 0 for c in row) >= least
+
+        return [s for s in found if all(enough(row) for row in s.layers or (s.coefficients,))]
+
+    def _normalizes(self, spec: Any) -> bool:
+        default = {p.name: p.default for p in spec.parameters}
+        if self.normalize is not None:
+            return self.normalize
+        return bool(default.get("normalize", default.get("normalize_weights", True)))
+
+    def _ratios(self, settings: Sequence[Setting], scaled: bool) -> list[Setting]:
+        ratios: dict[tuple[float, ...], None] = {}
+        for setting in settings:
+            greatest = max(setting.coefficients, key=abs)
+            ratios[tuple(round(c / greatest, 6) for c in setting.coefficients)] = None
+        if not scaled:
+            return [Setting(ratio) for ratio in ratios]
+        scales = [c for c in (self.grid if len(next(iter(ratios))) <= 2 else self.shared) if c]
+        return [Setting(ratio, {"lambda": scale}) for ratio in ratios for scale in scales]
 
     def prepare(
         self,
@@ -82,20 +138,62 @@ class MergeKit(GridMerger):
         knowledge: Knowledge | None,
         rng: torch.Generator,
     ) -> Callable[[Setting], State]:
-        spec = _method(self.method).spec
-        options = self._options({parameter.name for parameter in spec.parameters})
-        seed = int(torch.randint(2**31, (), generator=rng))
+        seed = _draw(rng)
 
         def merged(setting: Setting) -> State:
-            members = active(setting, len(experts))
-            out = self._run(base, [experts[i] for i, _ in members], members, setting, options, seed)
-            compatible(out, base, f"mergekit's {self.method}")
-            _check(self.method, out, base, experts, members, options)
-            return out
+            request = self.request(setting, len(experts))
+            states = _models(request, base, experts)
+            run = _in_memory if self.via == "memory" else mergekit_cli.merge_states
+            return self._checked(run(request, states, seed), request, base, experts)
 
         return merged
 
-    def _options(self, known: set[str]) -> dict[str, object]:
+    def merge_folders(
+        self,
+        base: Checkpoint,
+        folders: Sequence[Path],
+        experts: Sequence[State],
+        setting: Setting,
+        rng: torch.Generator,
+    ) -> tuple[State, dict[str, Any]]:
+        """On the folders' own files where ``via=command-line``."""
+        if self.via == "memory":
+            return self.merge(base.state, experts, setting, None, rng), {}
+        request = self.request(setting, len(experts))
+        paths = _models(request, base.path, folders)
+        found, record = mergekit_cli.merge_checkpoints(request, base, paths, _draw(rng))
+        return self._checked(found, request, base.state, experts), record
+
+    def request(self, setting: Setting, members: int) -> Request:
+        """What mergekit is asked for ``setting``.
+
+        Raises:
+            MethodError: a parameter the method does not have, or too few or many models.
+        """
+        spec = _method(self.method).spec
+        chosen = self._options()
+        parameters = {p.name: p for p in spec.parameters}
+        chosen |= {key: v for key, v in setting.parameters.items() if key != "into"}
+        refuse_unknown(set(chosen), set(parameters), self.method)
+        each = {k: v for k, v in chosen.items() if parameters[k].scope.name != "SHARED"}
+        kept = active(setting, members)
+        least, most = _members(spec)
+        if not least <= len(kept) <= most:
+            raise MethodError(f"mergekit's {self.method} cannot merge {len(kept)} models")
+        models = {f"m{i}": dict(each) for i, _ in kept}
+        for i, coefficient in kept:
+            for weight in parameters.keys() & {"weight", "scale"}:
+                models[f"m{i}"][weight] = coefficient
+        base: str | None = BASE
+        if self.method in _BETWEEN:
+            base = list(models)[int(setting.parameters.get("into", 0))]
+        elif not _has_base(spec):
+            base = None
+        return Request(
+            self.method, models, base, {k: v for k, v in chosen.items() if k not in each}
+        )
+
+    def _options(self) -> dict[str, object]:
         given = {
             "density": self.density,
             "gamma": self.gamma,
@@ -103,93 +201,74 @@ class MergeKit(GridMerger):
             "normalize": self.normalize,
             "rescale": self.rescale,
             "lambda": self.scale,
+            "select_topk": self.select_topk,
         }
-        chosen: dict[str, object] = {
-            name: value for name, value in given.items() if value is not None
-        }
-        if unknown := chosen.keys() - known:
-            raise MethodError(
-                f"mergekit's {self.method} has no parameter {min(unknown)!r}; "
-                f"it has {', '.join(sorted(known))}"
-            )
-        return chosen
+        return {name: value for name, value in given.items() if value is not None}
 
-    def _run(
-        self,
-        base: State,
-        experts: Sequence[State],
-        members: Sequence[tuple[int, float]],
-        setting: Setting,
-        options: Options,
-        seed: int,
+    def _checked(
+        self, out: State, request: Request, base: State, experts: Sequence[State]
     ) -> State:
-        from mergekit.merge_methods import merge_state_dicts
+        compatible(out, base, f"mergekit's {self.method}")
+        check(out, request, base, _models(request, base, experts))
+        return {key: out[key] for key in base}
 
-        method = _method(self.method)
-        needs_base = method.spec.contract.base.name != "IGNORED" and self.method not in _BETWEEN
-        names = [f"m{i}" for i, _ in members]
-        models = dict(zip(names, experts, strict=True))
-        parameters: dict[str, Any] = {
-            key: dict.fromkeys(names, value) if key in ("density", "gamma", "epsilon") else value
-            for key, value in options.items()
-        }
-        if any(parameter.name == "weight" for parameter in method.spec.parameters):
-            parameters["weight"] = {f"m{i}": c for i, c in members}
-        if self.method in _BETWEEN:
-            parameters["t"] = setting.parameters["t"]
-        try:
-            # It draws from the global generator; the caller's stays where it was.
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(seed)
-                found = merge_state_dicts(
-                    {"base": base, **models} if needs_base else models,
-                    self.method,
-                    parameters=parameters or None,
-                    base="base" if needs_base else (names[0] if self.method in _BETWEEN else None),
-                )
-        except Exception as error:  # whatever the tool raises is its failure, not a defense
-            first = (str(error).splitlines() or [""])[0]
-            raise MethodError(
-                f"mergekit's {self.method}: {type(error).__name__}: {first}"
-            ) from error
-        return {key: found[key] for key in base if key in found}
+
+def _models(request: Request, base: Any, experts: Sequence[Any]) -> dict[str, Any]:
+    """Name → what it stands for, for every model of the request."""
+    found = {f"m{i}": expert for i, expert in enumerate(experts) if f"m{i}" in request.models}
+    return {BASE: base, **found} if request.base == BASE else found
+
+
+def _in_memory(request: Request, states: dict[str, State], seed: int) -> State:
+    from mergekit.merge_methods import merge_state_dicts
+
+    names = dict.fromkeys(key for own in request.models.values() for key in own)
+    parameters: dict[str, Any] = dict(request.shared)
+    for key in names:
+        parameters[key] = {name: own[key] for name, own in request.models.items()}
+    try:
+        # The tool draws from the global generator; the caller's stays where it was.
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            found: State = merge_state_dicts(
+                states, request.method, parameters=parameters or None, base=request.base
+            )
+    except Exception as error:  # whatever the tool raises is its failure, not a defense
+        first = (str(error).splitlines() or [""])[0]
+        raise MethodError(
+            f"mergekit's {request.method}: {type(error).__name__}: {first}"
+        ) from error
+    return found
+
+
+def _draw(rng: torch.Generator) -> int:
+    return int(torch.randint(2**31, (), generator=rng))
+
+
+def _has_base(spec: Any) -> bool:
+    """Whether the public base goes in, as the origin of task vectors."""
+    return spec.contract.base.name != "IGNORED" and spec.name not in (*_BETWEEN, *_BASELESS)
+
+
+def _members(spec: Any) -> tuple[int, float]:
+    """The fewest and the most members the method merges, the public base not counted."""
+    contract = spec.contract
+    base = int(_has_base(spec))
+    least = max(1, (contract.min_inputs or 0) - base, contract.min_non_base or 0)
+    limits = [contract.max_non_base, contract.max_inputs and contract.max_inputs - base]
+    return least, min((limit for limit in limits if limit is not None), default=float("inf"))
 
 
 def _method(name: str) -> Any:
     try:
         from mergekit.merge_methods import get
     except ImportError:
-        raise MethodError(f"mergekit is not installed: {_INSTALL}") from None
+        raise UsageError(f"mergekit is not installed: {_INSTALL}") from None
     return get(name)
 
 
-def _check(
-    method: str,
-    out: State,
-    base: State,
-    experts: Sequence[State],
-    members: Sequence[tuple[int, float]],
-    options: Options,
-) -> None:
-    """The largest tensor against the formula, for methods that have one."""
-    if method not in ("task_arithmetic", "linear"):
-        return
-    key = max((k for k, v in base.items() if v.is_floating_point()), key=lambda k: base[k].numel())
-    weights = [c for _, c in members]
-    default = method == "linear"
-    total = sum(weights) if options.get("normalize", default) else 1.0
-    if method == "linear":
-        expected: Tensor | float = sum(c * wide(experts[i][key]) for i, c in members) / total
-    else:
-        tau = sum(c * (wide(experts[i][key]) - wide(base[key])) for i, c in members)
-        expected = wide(base[key]) + float(options.get("lambda", 1.0)) * tau / total  # type: ignore[arg-type]
-    gap = float((wide(out[key]) - expected).abs().max() / wide(base[key]).abs().max())
-    if gap > max(_TOLERANCE, 4 * torch.finfo(out[key].dtype).eps):
-        raise MethodError(f"mergekit's {method} differs from its formula on {key!r} by {gap:.1e}")
-
-
 def _named(method: str, draws: bool = False) -> type[MergeKit]:
-    card = Card(**{**vars(MergeKit.card), "summary": f"mergekit's {method}, in memory"})
+    card = Card(**{**vars(MergeKit.card), "summary": f"mergekit's {method}"})
     fields = {"method": method, "stochastic": draws, "card": card, "__module__": __name__}
     name = "".join(part.title() for part in method.split("_"))
     return dataclass(frozen=True)(type(name, (MergeKit,), {**fields, "__qualname__": name}))
@@ -213,3 +292,6 @@ Sce = _named("sce")
 Ram = _named("ram")
 RamplusTl = _named("ramplus_tl")
 Nearswap = _named("nearswap")
+# It draws the entries its quantiles are taken from.
+ArceeFusion = _named("arcee_fusion", draws=True)
+Passthrough = _named("passthrough")

@@ -1,0 +1,51 @@
+"""Mergers that want the checkpoint folders themselves, not only what they hold."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmark.checkpoint import State
+from benchmark.contracts import Merger, Setting
+from benchmark.folders import Checkpoint
+
+
+class FolderMerger(ABC):
+    """A merger that ``unmergebench merge`` hands the folders, such as an outside program."""
+
+    @abstractmethod
+    def merge_folders(
+        self,
+        base: Checkpoint,
+        folders: Sequence[Path],
+        experts: Sequence[State],
+        setting: Setting,
+        rng: torch.Generator,
+    ) -> tuple[State, dict[str, Any]]:
+        """The merged State under the names of ``base.state``, and how it was made (JSON values).
+
+        ``experts`` are the States in ``folders``, in the same order.
+
+        Raises:
+            MethodError: the merge failed, or its result is not what was asked for.
+        """
+
+
+def merge_folders(
+    merger: Merger,
+    base: Checkpoint,
+    folders: Sequence[Path],
+    experts: Sequence[State],
+    setting: Setting,
+    rng: torch.Generator,
+) -> tuple[State, dict[str, Any]]:
+    """Merge by whichever of its two doors ``merger`` has; arguments and result as in
+    :meth:`FolderMerger.merge_folders`.
+    """
+    if isinstance(merger, FolderMerger):
+        return merger.merge_folders(base, folders, experts, setting, rng)
+    return merger.merge(base.state, experts, setting, None, rng), {}
