@@ -31,6 +31,24 @@ class ForeignState(State):
         self.forward = forward
 
 
+class PerTask(State):
+    """A merged model that is told which task an input belongs to: a State for each of some tasks.
+
+    ``common`` serves every other task. Its own tensors are those of ``common``, and under
+    ``task:key`` those in which a task's State differs from it.
+    """
+
+    def __init__(self, common: State, own: Mapping[str, State]) -> None:
+        super().__init__(common)
+        self.common, self.own = common, dict(own)
+        for task, state in self.own.items():
+            self.update({f"{task}:{k}": v for k, v in state.items() if v is not common[k]})
+
+    def of(self, task: str) -> State:
+        """The State that serves ``task``."""
+        return self.own.get(task, self.common)
+
+
 def forward_of(state: State, features: Forward) -> Forward:
     """How ``state`` is run: by its own forward if its modules are foreign, else by ``features``."""
     return state.forward if isinstance(state, ForeignState) else features
@@ -62,6 +80,21 @@ def compatible(state: Mapping[str, Tensor], base: Mapping[str, Tensor], what: st
                 f"{what}: tensor {key!r} is {value.dtype}, the base has {reference.dtype}"
             )
     finite({key: v for key, v in state.items() if v is not base[key]}, what)
+
+
+def merged_well(merged: State, base: Mapping[str, Tensor], what: str) -> None:
+    """Check a merged model: every State in it as :func:`compatible`, a foreign one for NaN only.
+
+    Raises:
+        CheckpointError: as :func:`compatible`.
+    """
+    if isinstance(merged, ForeignState):
+        finite(merged, what)
+    elif isinstance(merged, PerTask):
+        for task, state in {"any other task": merged.common, **merged.own}.items():
+            compatible(state, base, f"{what} for {task}")
+    else:
+        compatible(merged, base, what)
 
 
 def finite(state: Mapping[str, Tensor], what: str) -> None:

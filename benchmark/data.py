@@ -65,6 +65,10 @@ class Task:
             head=self.head.to(device),
         )
 
+    def logits(self, features: Tensor) -> Tensor:
+        """(n, d) unit vectors → (n, classes)."""
+        return self.scale * features @ self.head.T
+
     def split(self, name: str) -> Split:
         """``train``, ``validation`` or ``test``."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]

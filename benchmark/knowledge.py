@@ -76,6 +76,7 @@ class Knowledge:
         shipped: State | None = None,
         second: Callable[[], State] | None = None,
         flops_per_example: float = 0.0,
+        task_id: bool = False,
     ) -> None:
         self.access = access
         self.base = base
@@ -91,6 +92,7 @@ class Knowledge:
         self.shipped = shipped
         self._second = second
         self._flops = flops_per_example
+        self._task_id = task_id
 
     def require(self, tier: Access, what: str) -> None:
         """Raise AccessError unless ``tier`` was granted."""
@@ -105,6 +107,36 @@ class Knowledge:
         assert self._features is not None
         self.budget.flops += self._flops * len(next(iter(inputs.values())))
         return forward_of(state, self._features)(state, inputs)
+
+    def logits(self, state: State, task: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Scaled logits (n, classes) over the classes of ``task``, whose names are public."""
+        return self._tasks[task].logits(self.features(state, inputs))
+
+    def charge(self, steps: int, examples: int) -> None:
+        """Count optimisation steps over ``examples`` forward passes that :meth:`features` made.
+
+        A backward pass costs two forward passes.
+        """
+        self.budget.steps += steps
+        self.budget.flops += 2 * self._flops * examples
+
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, victim first; in a merge, one for each model that takes part."""
+        if not self._task_id:
+            self.require(Access.UNLABELED, "naming the tasks")
+        return tuple(self._tasks)
+
+    @property
+    def forward(self) -> Forward:
+        """How models of this architecture are run, for one that holds several of them.
+
+        Raises:
+            AccessError: the method is not task-aware (:class:`benchmark.contracts.Merger`).
+        """
+        if not self._task_id:
+            raise AccessError("a model made of several models needs a task-aware merger")
+        assert self._features is not None
+        return self._features
 
     def second_release(self) -> State:
         """Another release of the same expert, protected with other draws.

@@ -6,6 +6,9 @@
     with replace(module, {block: fn}):      # fn(up, gate) enters ``down``
         features(state, inputs)
 
+    with follow(module, {key: fn}):         # fn(inputs, output) is what the Linear gives
+        features(state, inputs)
+
 A Linear is named by the key of its weight in a State, as in :class:`benchmark.anatomy.Slot`. Hooks
 sit on the module, so they also see States that ``torch.func.functional_call`` lends it; they are
 removed when the block ends, however it ends. One module is watched by one thread at a time.
@@ -29,6 +32,9 @@ from benchmark.errors import MethodError
 
 #: (output of up, output of gate or None), each (..., n) → what enters down, or None to leave it.
 Hidden = Callable[[Tensor, Tensor | None], Tensor | None]
+
+#: (inputs, output) of a Linear → the output it gives instead.
+After = Callable[[Tensor, Tensor], Tensor]
 
 
 def owner(module: nn.Module, key: str) -> nn.Module:
@@ -96,6 +102,28 @@ def record(module: nn.Module, keys: Iterable[str]) -> Iterator[Record]:
     with watch(module, keys, lambda key, rows: parts.setdefault(key, []).append(rows)):
         yield found
     found.update({key: torch.cat(rows) for key, rows in parts.items()})
+
+
+@contextmanager
+def follow(module: nn.Module, after: Mapping[str, After]) -> Iterator[None]:
+    """Let ``after[key](inputs, output)`` be the output of the owner of ``key``.
+
+    Both are as the module sees them: (..., d) and (..., n), biases included; rows of a fused weight
+    come together.
+
+    Raises:
+        MethodError: see :func:`owner`.
+    """
+    with ExitStack() as stack:
+        for key, function in after.items():
+
+            def hook(
+                _: nn.Module, args: tuple[Any, ...], output: Tensor, function: After = function
+            ) -> Tensor:
+                return function(args[0], output)
+
+            stack.callback(owner(module, key).register_forward_hook(hook).remove)
+        yield
 
 
 @contextmanager
