@@ -212,14 +212,23 @@ class Ensemble(Attack):
 class Setting:
     """One point of a merger's search space: a coefficient per member, and named parameters.
 
-    A coefficient of 0 means the same as leaving that member out.
+    A coefficient of 0 means the same as leaving that member out. ``layers``, where given, are the
+    coefficients of each band of depth, from the first layers to the last
+    (:mod:`benchmark.merging.layers`); ``coefficients`` then are the greatest of each member.
     """
 
     coefficients: tuple[float, ...]
     parameters: dict[str, float] = field(default_factory=dict)
+    layers: tuple[tuple[float, ...], ...] = ()
+
+    def without_victim(self) -> Setting:
+        """The same for the other members."""
+        layers = tuple(band[1:] for band in self.layers)
+        return Setting(self.coefficients[1:], self.parameters, layers)
 
     def to_dict(self) -> dict[str, object]:
-        return {"coefficients": list(self.coefficients), **self.parameters}
+        layers = {"layers": [list(band) for band in self.layers]} if self.layers else {}
+        return {"coefficients": list(self.coefficients), **self.parameters, **layers}
 
 
 class Merger(ABC):

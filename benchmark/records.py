@@ -38,6 +38,21 @@ class Spent(BaseModel):
     flops: float = 0.0
 
 
+class Search(BaseModel):
+    """The free-rider's search over merges: what it tried, what it spent, what it may have lost.
+
+    ``passes`` are forward passes on validation, ``exhaustive`` what trying everything on everything
+    takes; ``bound``: how much better a setting that was dropped may be (in units of G, with
+    probability 98 %; :mod:`benchmark.evaluation.search`).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    settings: int = 0
+    passes: int = 0
+    exhaustive: int = 0
+    bound: float = 0.0
+
+
 class Hashes(BaseModel):
     """sha256 over the tensors of each State."""
 
@@ -117,6 +132,7 @@ class Cell(BaseModel):
     sha256: Hashes = Field(default_factory=Hashes)
     seconds: Seconds = Field(default_factory=Seconds)
     budget: Spent = Field(default_factory=Spent)
+    search: Search = Field(default_factory=Search)
     benign: dict[str, dict[str, float]] = Field(default_factory=dict)
     flags: list[str] = Field(default_factory=list)
     notes: dict[str, object] = Field(default_factory=dict)

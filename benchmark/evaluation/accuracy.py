@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, forward_of, to_device
+from benchmark.checkpoint import PerTask, State, forward_of, to_device
 from benchmark.contracts import Testbed
 from benchmark.data import Task
 from benchmark.errors import MethodError
@@ -48,11 +48,13 @@ class Evaluator:
         """
         what = self.task(task)
         examples = what.split(split)[slice(rows.start, rows.stop)]
+        if isinstance(state, PerTask):
+            state = state.of(task)
         forward = forward_of(state, self.testbed.features)
         parts = []
         for start in range(0, len(examples), self.batch_size):
             batch = examples[slice(start, start + self.batch_size)]
-            parts.append(what.scale * forward(state, batch.inputs) @ what.head.T)
+            parts.append(what.logits(forward(state, batch.inputs)))
         out = torch.cat(parts).float().cpu()  # one synchronisation for all batches
         if not torch.isfinite(out).all():
             raise MethodError(f"the model gives NaN or infinite logits on {task}")

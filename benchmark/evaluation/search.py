@@ -1,25 +1,32 @@
 """The free-rider's search: which candidate model is best on the validation split.
 
 Racing with successive halving (Maron & Moore 1994; Jamieson & Talwalkar 2016): every candidate sees
-the first few examples; one is dropped when it trails the leader by more than three standard errors
-of their *paired* difference. From ``HALVING`` examples on, at most half (but two) go on to the next
-rung. A candidate as good as the best is wrongly dropped by the first rule with probability below
-0.14 % per comparison (normal approximation); the second bounds the cost, and chooses between
-candidates that so many examples hardly tell apart.
+the first few examples; one is dropped when it trails the leader by more than z standard errors of
+their *paired* difference, and at most half go on to the next rung: of any field from ``HALVING``
+examples on, of a field of more than ``FIELD`` before. One rung is the exhaustive search.
+
+**Error bound.** z = Φ⁻¹(1 − δ/(K·R)) for K candidates and R rungs at which one may be dropped: with
+probability at least 1 − δ (normal approximation, union bound) no candidate that is truly as good as
+the leader is dropped for trailing. Halving keeps the cost down where examples hardly tell
+candidates apart; what it may have lost is stated as ``bound``: with the same probability none of
+the dropped is truly better than the leader of its rung, to whom the winner did not lose, by more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import numpy as np
 
 #: (candidate name, task, rows) → which validation examples are right, (len(rows),) bool.
 Correct = Callable[[str, str, range], np.ndarray]
 
-SIGMAS = 3.0
+#: δ: how likely the search may be wrong.
+ERROR = 0.02
 HALVING = 32
+FIELD = 16
 
 
 @dataclass
@@ -44,42 +51,65 @@ class Racer:
         return np.mean([self.correct[task] / accuracy for task, accuracy in expert.items()], axis=0)
 
 
+@dataclass
+class Result:
+    """What a race found.
+
+    ``ranked``: candidates that saw the whole validation split, best first. ``passes``: forward
+    passes, ``exhaustive``: what they would be without dropping anybody (``safe`` ones never count).
+    ``bound``: see the module, in units of the score.
+    """
+
+    ranked: list[Racer]
+    passes: int
+    exhaustive: int
+    bound: float
+
+
 def race(
     candidates: Sequence[Racer],
     correct: Correct,
     expert: Mapping[str, float],
     rungs: Sequence[int],
-) -> tuple[list[Racer], int]:
-    """Candidates that saw the whole validation split, best first; and how many forward passes.
+) -> Result:
+    """Search ``candidates``.
 
     ``expert``: task → the expert's validation accuracy, by which outcomes are normalised.
     ``rungs``: increasing numbers of examples per task; the last is the whole split. Ties go to the
     candidate that comes first in ``candidates``.
     """
-    alive, seen, passes = list(candidates), 0, 0
+    alive, seen, bound = list(candidates), 0, 0.0
+    comparisons = max(1, len(candidates) * (len(rungs) - 1))
+    sigmas = NormalDist().inv_cdf(1 - ERROR / comparisons)
     for position, rung in enumerate(rungs):
         for racer in alive:
             for task in expert:
-                fresh = correct(racer.name, task, range(seen, rung))
-                passes += len(fresh)
-                racer.extend(task, fresh)
+                racer.extend(task, correct(racer.name, task, range(seen, rung)))
         seen = rung
         alive.sort(key=lambda racer: -float(racer.outcomes(expert).mean()))
         if position < len(rungs) - 1:
-            alive = _survivors(alive, expert)
-    return alive, passes
+            alive, lost = _survivors(alive, expert, sigmas)
+            bound = max(bound, lost)
+    searched = [racer for racer in candidates if not racer.safe]
+    passes = sum(racer.seen for racer in searched) * len(expert)
+    return Result(alive, passes, len(searched) * rungs[-1] * len(expert), bound)
 
 
-def _survivors(ranked: list[Racer], expert: Mapping[str, float]) -> list[Racer]:
+def _survivors(
+    ranked: list[Racer], expert: Mapping[str, float], sigmas: float
+) -> tuple[list[Racer], float]:
+    """Those that go on, and by how much one that halving drops may be better than the leader."""
     leader = ranked[0].outcomes(expert)
-    contenders = []
+    contenders: list[tuple[Racer, float]] = []
     for racer in ranked:
         gap = leader - racer.outcomes(expert)
-        error = gap.std(ddof=1) / len(gap) ** 0.5
         # A spread of zero after a few equal outcomes is no certainty: one example's worth of slack.
-        slack = max(SIGMAS * error, 1 / len(gap))
+        slack = max(sigmas * gap.std(ddof=1) / len(gap) ** 0.5, 1 / len(gap))
         if not racer.safe and gap.mean() <= slack:
-            contenders.append(racer)
-    if len(leader) >= HALVING:
-        contenders = contenders[: max(2, (sum(not racer.safe for racer in ranked) + 1) // 2)]
-    return [racer for racer in ranked if racer.safe or racer in contenders]
+            contenders.append((racer, float(slack - gap.mean())))
+    half = (sum(not racer.safe for racer in ranked) + 1) // 2
+    kept = max(half, 2 if len(leader) >= HALVING else FIELD)
+    lost = max((worth for _, worth in contenders[kept:]), default=0.0)
+    contenders = contenders[:kept]
+    going = {id(racer) for racer, _ in contenders}
+    return [racer for racer in ranked if racer.safe or id(racer) in going], lost

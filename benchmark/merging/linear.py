@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.checkpoint import State, task_vector
+from benchmark.checkpoint import State
 from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.merging.tau import GridMerger, PreparedMerger, active, weighted_sum
+from benchmark.merging.streaming import differences
+from benchmark.merging.tau import GridMerger, PreparedMerger, active, in_or_out, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Average(PreparedMerger):
     )
 
     def search_space(self, members: int) -> list[Setting]:
-        return [Setting((1.0,) * members)]
+        return in_or_out(members)
 
     def prepare(
         self,
@@ -36,7 +37,7 @@ class Average(PreparedMerger):
         knowledge: Knowledge | None,
         rng: torch.Generator,
     ) -> Callable[[Setting], State]:
-        taus = [task_vector(expert, base) for expert in experts]
+        taus = [differences(expert, base) for expert in experts]
 
         def merged(setting: Setting) -> State:
             kept = active(setting, len(taus))
@@ -64,7 +65,7 @@ class TaskArithmetic(GridMerger):
         knowledge: Knowledge | None,
         rng: torch.Generator,
     ) -> Callable[[Setting], State]:
-        taus = [task_vector(expert, base) for expert in experts]
+        taus = [differences(expert, base) for expert in experts]
 
         def merged(setting: Setting) -> State:
             return weighted_sum(base, [(c, taus[i]) for i, c in active(setting, len(taus))])

@@ -17,7 +17,7 @@ import torch
 from benchmark.checkpoint import State, task_vector
 from benchmark.contracts import Card, Knowledge, Setting
 from benchmark.errors import MethodError
-from benchmark.merging.tau import PreparedMerger, active, wide
+from benchmark.merging.tau import PreparedMerger, active, in_or_out, wide
 
 #: Where 1 + (N − 1)·cos θ is smaller there is no finite t: the base stays (as in mergekit).
 _SINGULAR = 1e-6
@@ -36,10 +36,7 @@ class ModelStock(PreparedMerger):
     )
 
     def search_space(self, members: int) -> list[Setting]:
-        """All members, and all but the victim where that leaves two."""
-        everyone = Setting((1.0,) * members)
-        without = [Setting((0.0, *(1.0,) * (members - 1)))] if members > 2 else []
-        return [everyone, *without]
+        return in_or_out(members)
 
     def prepare(
         self,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from torch import Tensor
 from benchmark.checkpoint import State
 from benchmark.contracts import Knowledge, Merger, Setting
 from benchmark.errors import MethodError
+from benchmark.merging.layers import by_layer
+from benchmark.merging.streaming import Tau, streamed, wide
+
+__all__ = [
+    "GridMerger",
+    "PreparedMerger",
+    "active",
+    "check_grid",
+    "searched",
+    "weighted_sum",
+    "wide",
+]
 
 #: Coefficients of a two-way merge, each member on its own; 0 leaves the member out.
 GRID = (0.0, 0.5, 1.0)
@@ -33,7 +45,7 @@ class PreparedMerger(Merger):
         knowledge: Knowledge | None,
         rng: torch.Generator,
     ) -> State:
-        return self.prepare(base, experts, knowledge, rng)(setting)
+        return by_layer(self.prepare(base, experts, knowledge, rng), base, setting)
 
     @abstractmethod
     def prepare(
@@ -57,34 +69,69 @@ class GridMerger(PreparedMerger):
 
     Attributes:
         fixed: one coefficient for all members, as in the papers' protocols; None: searched.
-        grid: values tried in a merge of two (0, leaving a member out, is always tried).
-        shared: values tried for a coefficient that members share in larger merges.
+        per: what has a coefficient of its own: all together (``shared``), each member (``task``),
+            each member in each band of layers (``layer``; members of a merge of three or more share
+            it), or ``auto``: ``task`` for two, and for more ``shared``, also with the victim at 1.
+        bands: into how many bands ``per=layer`` cuts the layers.
+        grid: values tried for a coefficient of its own (0, leaving a member out, always is).
+        shared: values tried for a coefficient that members share.
     """
 
     fixed: float | None = searched(None)
+    per: Literal["auto", "shared", "task", "layer"] = searched("auto")
+    bands: int = searched(3)
     grid: tuple[float, ...] = searched(GRID)
     shared: tuple[float, ...] = searched(SHARED)
 
     def __post_init__(self) -> None:
         for grid in (self.grid, self.shared, (1.0 if self.fixed is None else self.fixed,)):
             check_grid(grid)
+        if self.bands < 2:
+            raise ValueError(f"need at least 2 bands, got {self.bands}")
 
     def search_space(self, members: int) -> list[Setting]:
         """The coefficients a free-rider tries; the victim is member 0.
 
-        Two members: every combination of ``grid`` and 0. More: each λ of ``shared`` for all
-        members, for the partners without the victim, and for the partners with the victim at 1.
-        Fixed: that λ for all members, and for the partners without the victim.
+        Fixed or shared: that λ for all members, and for all but the victim.
         """
-        if self.fixed is None and members <= 2:
-            options = sorted({0.0, *self.grid})
-            found = list(itertools.product(options, repeat=members))
+        if self.fixed is not None:
+            found = _shared((self.fixed,), members)
+        elif self.per == "shared":
+            found = _shared(self.shared, members)
+        elif self.per == "task" or members <= 2:
+            found = list(itertools.product(sorted({0.0, *self.grid}), repeat=members))
         else:
-            values = self.shared if self.fixed is None else (self.fixed,)
-            pinned = [0.0, 1.0] if self.fixed is None else [0.0]
-            found = [(c,) * members for c in values]
-            found += [(v, *(c,) * (members - 1)) for v in pinned for c in values]
-        return [Setting(c) for c in dict.fromkeys(found) if any(c)]
+            found = _shared(self.shared, members)
+            if self.per == "auto":
+                found += [(1.0, *(c,) * (members - 1)) for c in self.shared]
+        plain = [Setting(c) for c in dict.fromkeys(found) if any(c)]
+        return [*plain, *self._layered(found)] if self._by_layer else plain
+
+    @property
+    def _by_layer(self) -> bool:
+        return self.fixed is None and self.per == "layer"
+
+    def _layered(self, rows: Sequence[tuple[float, ...]]) -> Iterator[Setting]:
+        """Every combination of ``rows`` over the bands, but the same in all; of members that share
+        a coefficient all take part in every band, or all but the victim in none."""
+        members = len(rows[0])
+        sides = [rows] if members <= 2 else [[r for r in rows if bool(r[0]) == v] for v in (1, 0)]
+        for side in sides:
+            for layers in itertools.product(side, repeat=self.bands):
+                greatest = tuple(max(column, key=abs) for column in zip(*layers, strict=True))
+                if len(set(layers)) > 1 and any(greatest):
+                    yield Setting(greatest, layers=layers)
+
+
+def _shared(values: Sequence[float], members: int) -> list[tuple[float, ...]]:
+    everybody = [(c,) * members for c in values]
+    return everybody + [(0.0, *row[1:]) for row in everybody]
+
+
+def in_or_out(members: int) -> list[Setting]:
+    """Settings of a merger without coefficients: everybody, and everybody but the victim."""
+    everybody = Setting((1.0,) * members)
+    return [everybody, Setting((0.0, *(1.0,) * (members - 1)))] if members > 2 else [everybody]
 
 
 def active(setting: Setting, members: int) -> list[tuple[int, float]]:
@@ -98,21 +145,17 @@ def active(setting: Setting, members: int) -> list[tuple[int, float]]:
     return [(i, c) for i, c in enumerate(setting.coefficients) if c != 0]
 
 
-def wide(value: Tensor) -> Tensor:
-    """Half precision as float32, so that sums are rounded once; other dtypes as they are."""
-    return value.float() if value.element_size() < 4 else value
-
-
-def weighted_sum(base: State, parts: Iterable[tuple[float, State]]) -> State:
+def weighted_sum(base: State, parts: Iterable[tuple[float, Tau]]) -> State:
     """θ0 + Σ c·τ, summed in the order given. Tensors that no τ holds are shared with ``base``."""
-    out = dict(base)
-    for coefficient, tau in parts:
-        for key, delta in tau.items():
-            if out[key] is base[key]:
-                out[key] = torch.add(wide(base[key]), wide(delta), alpha=coefficient)
-            else:
-                out[key].add_(wide(delta), alpha=coefficient)
-    return {key: value.to(base[key].dtype) for key, value in out.items()}
+    return streamed(base, list(parts), _sum)
+
+
+def _sum(start: Tensor, deltas: list[tuple[float, Tensor]]) -> Tensor:
+    (coefficient, delta), *others = deltas
+    total = torch.add(start, delta, alpha=coefficient)
+    for coefficient, delta in others:
+        total.add_(delta, alpha=coefficient)
+    return total
 
 
 def check_grid(grid: tuple[float, ...]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from benchmark.checkpoint import ForeignState, State, compatible
-from benchmark.contracts import Attack, Merger, Setting
+from benchmark.checkpoint import ForeignState, PerTask, State, compatible, merged_well
+from benchmark.contracts import Access, Attack, Budget, Merger, Setting
+from benchmark.merging.layers import by_layer
 from benchmark.methods import Named
 from benchmark.pipeline.fingerprint import sha
 from benchmark.pipeline.suite import Group
@@ -67,20 +68,32 @@ def merges(
     """
     # Mergers that differ only in what they try share what they both tried.
     method = method_key(merger.method, search=False)
-    # Only a merger that draws has results per seed; its draws belong to positions.
+    knows = merger.method.access > Access.WEIGHTS or merger.method.task_aware
+    # Only a merger that draws or sees data has results per seed; its draws belong to positions.
     draws = ["merge", method[:2], group.victim, group.partners, seed]
-    draws = [*draws, len(parts)] if merger.method.stochastic else []
-    identity = sha(method, base.sha256, [p.sha256 for p in parts], draws)
+    draws = [*draws, len(parts)] if merger.method.stochastic or knows else []
+    means = [*draws, bench.key] if knows else draws
+    identity = sha(method, base.sha256, [p.sha256 for p in parts], means)
+    # The victim comes first, and may be the one left out.
+    tasks = (group.victim, *group.partners)[-len(parts) :]
 
-    def prepared() -> Callable[[Setting], State]:
-        return merger.method.prepare(
-            base.state(), [part.state() for part in parts], None, generator(*draws)
-        )
+    def prepared() -> tuple[Callable[[Setting], State], Budget]:
+        states = [part.state() for part in parts]
+        knowledge = bench.knowledge(merger, group, identity, tasks=tasks) if knows else None
+        if knows:
+            bench.notify(f"{merger.spec} merges {', '.join(tasks)}")
+        made = merger.method.prepare(base.state(), states, knowledge, generator(*draws))
+        return made, knowledge.budget if knowledge else Budget()
 
     def build(setting: Setting) -> State:
         def make() -> State:
-            merged: State = bench.store.recent(f"prepared:{identity}", prepared)(setting)
-            compatible(merged, base.state(), f"merger {merger.spec}")
+            if setting.layers:
+                return by_layer(build, base.state(), setting)
+            merge, budget = bench.store.recent(f"prepared:{identity}", prepared)
+            merged: State = merge(setting)
+            merged_well(merged, base.state(), f"merger {merger.spec}")
+            if knows:
+                bench.store.put(f"spent:{content(setting)}", asdict(budget))
             return merged
 
         # Kept from rung to rung of the search, and for the test of the winner.
@@ -95,7 +108,8 @@ def merges(
             )
             if coefficient != 0
         ]
-        return sha("merged", method, base.sha256, used, setting.parameters, draws)
+        layers = [setting.layers] if setting.layers else []
+        return sha("merged", method, base.sha256, used, setting.parameters, means, *layers)
 
     return [
         Candidate(kind, content(s), lambda s=s: build(s), s, kind)  # type: ignore[misc]
@@ -117,7 +131,7 @@ def outside(
     """
     experts = [bench.expert(partner) for partner in group.partners]
     base = Part.of(bench.base)
-    without = [Setting(s.coefficients[1:], s.parameters) for s in settings if not s.coefficients[0]]
+    without = [s.without_victim() for s in settings if not s.coefficients[0]]
     parts = [Part.of(expert) for expert in experts]
     return [
         Candidate("released alone", shipped.sha256, shipped.state, kind="released"),
@@ -171,9 +185,9 @@ def refined(
         # The same draws for every candidate: the outside options get the same examples.
         rng = generator("refine", attack.spec, group.victim, group.partners, seed)
         start = candidate.build()
-        if isinstance(start, ForeignState):
+        if isinstance(start, (ForeignState, PerTask)):
             bench.store.put(f"spent:{content}", asdict(knowledge.budget))
-            return start  # the trainer cannot run its modules: it stays as it is
+            return start  # no one model of this architecture to train: it stays as it is
         state = attack.method.refine(start, knowledge, rng)
         compatible(state, bench.evaluator.base, f"attack {attack.spec} after the merge")
         bench.store.put(f"spent:{content}", asdict(knowledge.budget))
@@ -189,7 +203,7 @@ def refined(
 
 
 def spent(bench: Workbench, candidate: Candidate) -> dict[str, float]:
-    """The budget of a refined candidate (built if it never was)."""
+    """The budget of a refined candidate, or of a merge with data (built if it never was)."""
     if bench.store.get(f"spent:{candidate.content}") is None:
         candidate.build()
     return dict(bench.store.get(f"spent:{candidate.content}") or {})

@@ -117,6 +117,7 @@ class CellMaker:
             key=lambda outcome: outcome.score,
         )
         cell.budget = self._spent(attack, recovered.facts["budget"], attacked.spent, group)
+        cell.search = attacked.search
         cell.seconds.merge = attacked.seconds
         self._score(cell, attacked, undefended, outside, planned)
         self._merged(cell, attacked, planned)

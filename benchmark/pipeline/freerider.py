@@ -7,6 +7,7 @@ steps, so that data alone never counts as breaking a defense.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from benchmark.pipeline.candidates import Candidate, Skip
 from benchmark.pipeline.ensemble import Screening, screen
 from benchmark.pipeline.suite import Group, Suite
 from benchmark.pipeline.workbench import Workbench
+from benchmark.records import Search
 
 Ranked = list[tuple[Candidate, float]]
 
@@ -31,8 +33,8 @@ Ranked = list[tuple[Candidate, float]]
 class Outcome:
     """The candidate that validation picked, its validation score, and its test outcomes by task.
 
-    ``merge`` is the best candidate that uses the victim, whether or not it won; ``passes`` are the
-    forward passes of the search over merges.
+    ``merge`` is the best candidate that uses the victim, whether or not it won; ``search`` is what
+    the search over merges took.
     """
 
     best: Candidate
@@ -41,7 +43,7 @@ class Outcome:
     merge: Candidate | None = None
     spent: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    passes: int = 0
+    search: Search = field(default_factory=Search)
 
 
 class FreeRider:
@@ -143,7 +145,7 @@ class FreeRider:
             except UnmergeBenchError as error:
                 report.failed[spec] = str(error).splitlines()[0]
                 continue
-            report.searches[spec] = outcome.passes
+            report.searches[spec] = outcome.search.passes
             mine = self.validated(outcome.best, expert, self._rungs())
             gap = 0.0 if leading is None else mine - leading
             error_of_mean = np.std(gap, ddof=1) / len(mine) ** 0.5 if leading is not None else 0.0
@@ -175,16 +177,18 @@ class FreeRider:
             s for s in self.settings(merger, group) if s.coefficients[0] and any(s.coefficients[1:])
         ]
         options = made.merges(self.bench, merger, base, parts, settings, group, seed, "merge")
-        ranked, passes = self._race(options, group, known=[outside])
+        ranked, search = self._race(options, group, known=[outside])
         merge = next(option for option, _ in ranked if option.kind == "merge")
-        spent: dict[str, float] = {}
+        spent: Counter[str] = Counter()
+        if merger.method.access > Access.WEIGHTS:
+            spent.update(made.spent(self.bench, merge))
         if attack.method.refines:
             refined = made.refined(self.bench, merge, attack, group, seed)
-            spent = made.spent(self.bench, refined)
+            spent.update(made.spent(self.bench, refined))
             ranked, _ = self._race([refined, merge], group, known=[outside])
             merge = next(option for option, _ in ranked if option.kind == "merge")
         outcome = self._outcome(ranked, group)
-        outcome.merge, outcome.spent, outcome.passes = merge, spent, passes
+        outcome.merge, outcome.spent, outcome.search = merge, dict(spent), search
         outcome.seconds = time.perf_counter() - start
         self._outcomes[key] = outcome
         return outcome
@@ -241,9 +245,9 @@ class FreeRider:
 
     def _race(
         self, options: Sequence[Candidate], group: Group, known: Sequence[Candidate] = ()
-    ) -> tuple[Ranked, int]:
-        """All with their validation scores, whole ones first, best first; and the
-        forward passes of ``options``.
+    ) -> tuple[Ranked, Search]:
+        """All with their validation scores, whole ones first, best first; and what the search
+        over ``options`` took.
 
         ``known`` ones are never dropped: they were seen whole before, or are to be.
         """
@@ -255,11 +259,16 @@ class FreeRider:
             option = by_name[name]
             return self.bench.bits(option.content, option.build, task, "validation", rows)
 
-        race(racers, correct, expert, self.suite.validation_rungs)
-        passes = sum(racer.seen * len(expert) for racer in racers if not racer.safe)
+        found = race(racers, correct, expert, self.suite.validation_rungs)
         scored = [(r.seen, float(r.outcomes(expert).mean()), by_name[r.name]) for r in racers]
         scored.sort(key=lambda entry: (-entry[0], -entry[1]))
-        return [(option, score) for _, score, option in scored], passes
+        search = Search(
+            settings=len(options),
+            passes=found.passes,
+            exhaustive=found.exhaustive,
+            bound=found.bound,
+        )
+        return [(option, score) for _, score, option in scored], search
 
     def _outcome(self, ranked: Ranked, group: Group) -> Outcome:
         best, score = ranked[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,16 @@ from benchmark.checkpoint import (
     rounded,
     to_device,
 )
-from benchmark.contracts import Access, Attack, Defense, Knowledge, Members, Testbed, Victim
+from benchmark.contracts import (
+    Access,
+    Attack,
+    Defense,
+    Knowledge,
+    Members,
+    Merger,
+    Testbed,
+    Victim,
+)
 from benchmark.data import Split
 from benchmark.evaluation.accuracy import Evaluator, relative_gap
 from benchmark.evaluation.statistics import pack_bits, unpack_bits
@@ -61,7 +70,9 @@ def method_key(method: Any, search: bool = True) -> list[Any]:
         return [method_key(part) for part in parts]
     only_search = {f.name for f in fields(method) if f.metadata.get("search")}
     kept = {k: v for k, v in parameters(method).items() if search or k not in only_search}
-    return [type(method).__qualname__, kept, source_hash(type(method).__module__)]
+    # A method that runs an outside program says which version of it.
+    outside = [method.outside] if hasattr(method, "outside") else []
+    return [type(method).__qualname__, kept, source_hash(type(method).__module__), *outside]
 
 
 @dataclass(frozen=True)
@@ -249,19 +260,23 @@ class Workbench:
 
     def knowledge(
         self,
-        attack: Named[Attack],
+        method: Named[Attack] | Named[Merger],
         group: Group,
         node: str = "",
         second: Callable[[], State] | None = None,
+        tasks: Sequence[str] = (),
     ) -> Knowledge:
-        """What the attack may know, by its declared access.
+        """What an attack or a merger may know, by its declared access.
 
-        Trainings resume if the key of the ``node`` they are part of is given.
+        Trainings resume if the key of the ``node`` they are part of is given. ``tasks``: those it
+        has data of, if not all of the group's.
         """
-        access = attack.method.access
+        access = method.method.access
+        task_id = isinstance(method.method, Merger) and method.method.task_aware
         data = {}
-        if access >= Access.UNLABELED:
-            data = {name: self.evaluator.task(name) for name in (group.victim, *group.partners)}
+        if access >= Access.UNLABELED or task_id:
+            names = tasks or (group.victim, *group.partners)
+            data = {name: self.evaluator.task(name) for name in names}
         return Knowledge(
             access,
             self.evaluator.base,
@@ -269,11 +284,12 @@ class Workbench:
             self.anatomy,
             tasks=data,
             recipe=self.testbed.recipe,
-            fine_tune=self.trainer(attack.spec, node),
+            fine_tune=self.trainer(method.spec, node),
             features=self.testbed.features,
             module=self.testbed.module(),
             second=second,
             flops_per_example=self.flops_per_example if access >= Access.UNLABELED else 0.0,
+            task_id=task_id,
         )
 
     @cached_property
