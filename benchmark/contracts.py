@@ -221,6 +221,15 @@ class Setting:
     parameters: dict[str, float] = field(default_factory=dict)
     layers: tuple[tuple[float, ...], ...] = ()
 
+    @classmethod
+    def by_layer(
+        cls, layers: Sequence[tuple[float, ...]], parameters: dict[str, float] | None = None
+    ) -> Setting:
+        """The setting with these coefficients of each band; a plain one if they are all equal."""
+        greatest = tuple(max(column, key=abs) for column in zip(*layers, strict=True))
+        differ = len(set(layers)) > 1
+        return cls(greatest, parameters or {}, tuple(layers) if differ else ())
+
     def without_victim(self) -> Setting:
         """The same for the other members."""
         layers = tuple(band[1:] for band in self.layers)

@@ -152,6 +152,20 @@ def test_merge_of_open_clip_models(cli: Cli, tmp_path: Path) -> None:
     assert 0.2 <= moved / sum(value.numel() for value in start.values()) <= 0.4
 
 
+def test_coefficients_by_layer(models: Path, cli: Cli) -> None:
+    paths = (models / "base", models / "one", models / "two")
+    arguments = (*paths, "--coefficients", "1,0;0,1", "--out", models / "merged", "--json")
+    code, text = cli("merge", *arguments)
+    assert code == 0, text
+    assert json.loads(text)["setting"] == {
+        "coefficients": [1.0, 1.0], "layers": [[1.0, 0.0], [0.0, 1.0]],
+    }  # fmt: skip
+    merged, one, two = (_state(models / name) for name in ("merged", "one", "two"))
+    for key, value in merged.items():
+        if ".layer." in key:
+            torch.testing.assert_close(value, (one if ".layer.0." in key else two)[key])
+
+
 def test_average_needs_no_coefficients(models: Path, cli: Cli) -> None:
     arguments = (models / "base", models / "one", models / "two", "--out", models / "merged")
     assert cli("merge", *arguments, "--merger", "average")[0] == 0

@@ -232,7 +232,8 @@ def merge(
         typer.Option(
             "--coefficients",
             metavar="C,C,...",
-            help="One per expert, in order; 0 leaves it out. For slerp 1-t,t.",
+            help="One per expert, in order; 0 leaves it out. For slerp 1-t,t. "
+            "Bands of layers are separated by semicolons: '1,0.5;0.5,1'.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -265,7 +266,7 @@ def merge(
     from benchmark.checkpoint import to_device
     from benchmark.cli import single
     from benchmark.cli.single import changed, check_result, member, needs_data, report
-    from benchmark.contracts import Access, Setting
+    from benchmark.contracts import Access
     from benchmark.device import resolve
     from benchmark.merging.folderwise import merge_folders
 
@@ -273,7 +274,7 @@ def merge(
     if method.method.access > Access.WEIGHTS or method.method.task_aware:
         raise needs_data("merger", method.spec, "more than weights")
     if coefficients is not None:
-        setting = Setting(single.coefficients(coefficients, len(experts)))
+        setting = single.setting(coefficients, len(experts))
     else:
         space = method.method.search_space(len(experts))
         if len(space) != 1:

@@ -12,7 +12,7 @@ import torch
 from benchmark import folders
 from benchmark.checkpoint import State, compatible
 from benchmark.cli.output import console, facts, print_json
-from benchmark.contracts import Victim
+from benchmark.contracts import Setting, Victim
 from benchmark.errors import MethodError, UnmergeBenchError, UsageError
 from benchmark.folders import Checkpoint
 
@@ -87,8 +87,14 @@ def changed(now: State, before: State) -> int:
     return sum(v is not before[k] and not torch.equal(v, before[k]) for k, v in now.items())
 
 
-def coefficients(text: str, members: int) -> tuple[float, ...]:
-    """``"0.7,0.7"`` → (0.7, 0.7), one per member."""
+def setting(text: str, members: int) -> Setting:
+    """``"0.7,0.7"``: one coefficient per member; ``"1,0.5;0.5,1"``: the same for each band of
+    layers, first layers first.
+    """
+    return Setting.by_layer([_coefficients(band, members) for band in text.split(";")])
+
+
+def _coefficients(text: str, members: int) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -109,9 +115,9 @@ def report(result: dict[str, Any], as_json: bool, against: str = "") -> None:
     if "found" in result:
         rows.append(("found", result["found"]["summary"]))
     if "setting" in result:
-        rows.append(
-            ("coefficients", ", ".join(f"{c:g}" for c in result["setting"]["coefficients"]))
-        )
+        chosen = result["setting"]
+        bands = chosen.get("layers", [chosen["coefficients"]])
+        rows.append(("coefficients", "; ".join(", ".join(f"{c:g}" for c in b) for b in bands)))
     rows.append(("tensors changed", f"{result['changed_tensors']} of {result['tensors']}"))
     distance = f"{result['distance_after']:.2%}"
     if "distance_before" in result:

@@ -159,6 +159,8 @@ class MergeKit(GridMerger, FolderMerger):
         """On the folders' own files where ``via=command-line``."""
         if self.via == "memory":
             return self.merge(base.state, experts, setting, None, rng), {}
+        if setting.layers:
+            raise MethodError("coefficients by layer need via=memory")
         request = self.request(setting, len(experts))
         paths = _models(request, base.path, folders)
         found, record = mergekit_cli.merge_checkpoints(request, base, paths, _draw(rng))

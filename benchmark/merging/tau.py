@@ -118,9 +118,9 @@ class GridMerger(PreparedMerger):
         sides = [rows] if members <= 2 else [[r for r in rows if bool(r[0]) == v] for v in (1, 0)]
         for side in sides:
             for layers in itertools.product(side, repeat=self.bands):
-                greatest = tuple(max(column, key=abs) for column in zip(*layers, strict=True))
-                if len(set(layers)) > 1 and any(greatest):
-                    yield Setting(greatest, layers=layers)
+                setting = Setting.by_layer(layers)
+                if setting.layers and any(setting.coefficients):
+                    yield setting
 
 
 def _shared(values: Sequence[float], members: int) -> list[tuple[float, ...]]:
