@@ -27,9 +27,16 @@ for module in (run, check, browse, checkpoints, assets, doctor):
 
 
 def _plugins() -> None:
-    """Sub-commands of other packages: the entry-point group ``unmergebench.commands``."""
+    """Commands of other packages: the entry-point group ``unmergebench.commands``.
+
+    Each is a Typer app, which becomes a group, or a function that adds commands to ours.
+    """
     for entry in importlib.metadata.entry_points(group="unmergebench.commands"):
-        app.add_typer(entry.load(), name=entry.name)
+        plugin = entry.load()
+        if isinstance(plugin, typer.Typer):
+            app.add_typer(plugin, name=entry.name)
+        else:
+            plugin(app)
 
 
 def main() -> None:

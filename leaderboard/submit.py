@@ -1,0 +1,168 @@
+"""From a run to entries: one per defense that the run answers for in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmark import methods
+from benchmark.contracts import Defense
+from benchmark.errors import UnmergeBenchError, UsageError
+from benchmark.methods import Named
+from benchmark.paths import write_text
+from benchmark.pipeline.fingerprint import sha
+from benchmark.pipeline.suite import Suite, builtin, load
+from benchmark.pipeline.workbench import method_key
+from benchmark.records import Cell
+from benchmark.specs import did_you_mean
+from leaderboard import checks, folder
+from leaderboard.entry import Entry, Method, Subjects, SuiteId
+from leaderboard.runs import Run, read
+
+#: Facts of run.json that tell where and with what a run was made.
+_KEPT = ("device", "environment", "packages", "git", "seeds")
+
+
+class Submitted(NamedTuple):
+    """An entry that was written, and where."""
+
+    entry: Entry
+    path: Path
+
+
+class Incomplete(UnmergeBenchError):
+    """A run that cannot be submitted; ``reasons`` has the whole list."""
+
+    def __init__(self, run: Path, reasons: Sequence[str]) -> None:
+        self.reasons = list(reasons)
+        shown = "".join(f"\n  - {reason}" for reason in self.reasons[:20])
+        more = f"\n  and {len(self.reasons) - 20} more" if len(self.reasons) > 20 else ""
+        super().__init__(f"{run} cannot be submitted:{shown}{more}")
+
+
+def submit(
+    path: Path, into: Path, *, defenses: Sequence[str] = (), credit: str = ""
+) -> list[Submitted]:
+    """Write an entry for each method of the run (or of ``defenses``), superseding older versions.
+
+    Raises:
+        Incomplete: the run is unfinished, of no suite that ships with UnmergeBench, or cells are
+            missing or failed.
+        UsageError: a defense the run does not hold.
+    """
+    run = read(path)
+    suite = _question(run)
+    found = [named for named in map(methods.defense, _specs(run)) if _wanted(named, defenses)]
+    held = {named.spec for named in found}
+    for spec in defenses:
+        if methods.defense(spec).spec not in held:
+            raise UsageError(f"{path} holds no {spec!r}{did_you_mean(spec, _specs(run))}")
+    if not found:
+        raise Incomplete(path, ["it holds no defense that can be ranked, only controls"])
+    made = [_entry(run, suite, named, credit) for named in found]
+    if reasons := [f"{e.defense.spec}: {p}" for e in made for p in checks.problems(e)]:
+        raise Incomplete(path, reasons)
+    with folder.locked(into):
+        return [_write(into, entry) for entry in made]
+
+
+def _question(run: Run) -> Suite:
+    """The suite that ships under the run's name, if the run asked what it asks."""
+    facts = dict(run.facts.get("suite") or {})
+    if not run.facts.get("finished"):
+        raise Incomplete(run.folder, ["the run is not finished; the same command resumes it"])
+    facts.pop("hash", None)
+    ran = Suite.model_validate(facts)
+    name = ran.name.removesuffix("-custom")  # what narrowing a suite makes of its name
+    if name not in builtin():
+        known = ", ".join(builtin())
+        raise Incomplete(
+            run.folder, [f"suite {ran.name!r} does not ship with UnmergeBench ({known})"]
+        )
+    suite = load(name)
+    if ran.model_copy(update={"defenses": suite.defenses}).hash != suite.hash:
+        changed = [
+            field
+            for field in Suite.model_fields
+            if field not in ("name", "description", "defenses")
+            and getattr(ran, field) != getattr(suite, field)
+        ]
+        raise Incomplete(run.folder, [f"it changed the suite {name}: {', '.join(changed)}"])
+    return suite
+
+
+def _specs(run: Run) -> list[str]:
+    return list(dict.fromkeys(cell.defense for cell in run.cells))
+
+
+def _wanted(named: Named[Defense], defenses: Sequence[str]) -> bool:
+    if defenses:
+        return named.spec in {methods.defense(spec).spec for spec in defenses}
+    return named.method.card.role == "method"
+
+
+def _entry(run: Run, suite: Suite, named: Named[Defense], credit: str) -> Entry:
+    cells = [cell for cell in run.cells if cell.defense == named.spec]
+    asked = checks.asked_of(suite, named.spec)
+    card = named.method.card
+    return Entry(
+        version=f"{suite.name}-1",
+        suite=SuiteId(name=suite.name, hash=asked.hash, definition=asked),
+        defense=Method(spec=named.spec, card=card, source_sha256=sha(method_key(named.method))),
+        subjects=_subjects(run, cells),
+        cells=tuple(cells),
+        environment={key: run.facts[key] for key in _KEPT if key in run.facts},
+        flags=tuple(checks.flags(cells, named.spec, lambda spec: card)),
+        credit=credit,
+        created=datetime.now(UTC).replace(microsecond=0),
+    )
+
+
+def _subjects(run: Run, cells: Sequence[Cell]) -> Subjects:
+    done = [cell for cell in cells if cell.status in ("ok", "no-benefit")]
+    if not done:
+        reasons = sorted({f"{c.status}: {c.reason}" for c in cells})
+        raise Incomplete(run.folder, reasons or ["it holds no cells"])
+    testbed = run.facts["testbed"]
+    return Subjects(
+        testbed=testbed["name"],
+        data=testbed["hash"],
+        base=done[0].sha256.base,
+        experts={cell.victim: cell.sha256.expert for cell in done},
+        released={f"{cell.victim}/{cell.seed}": cell.sha256.released for cell in done},
+    )
+
+
+def _write(into: Path, entry: Entry) -> Submitted:
+    """Under the next number of this defense and suite; the one before is superseded."""
+    older = list(_versions(into, entry))
+    entry = entry.model_copy(update={"version": f"{entry.suite.name}-{len(older) + 1}"})
+    path = folder.write(into, entry)
+    for before in older:
+        if before.stands:
+            folder.write(into, before.model_copy(update={"superseded_by": entry.version}))
+    readme = path.parent / "README.md"
+    if not readme.exists():
+        write_text(readme, _readme(entry))
+    return Submitted(entry, path)
+
+
+def _versions(into: Path, entry: Entry) -> Iterator[Entry]:
+    home = folder.path_of(into, entry).parent
+    for path in sorted(home.glob("*.json")):
+        found = folder.read(path)
+        if found.suite.name == entry.suite.name:
+            yield found
+
+
+def _readme(entry: Entry) -> str:
+    card = entry.defense.card
+    source = f"{card.paper} (arXiv {card.arxiv})" if card.arxiv else card.paper or "not published"
+    return (
+        f"# {entry.defense.spec}\n\n{card.summary}\n\n"
+        f"Source: {source}. Fidelity: {card.fidelity}.\n\n"
+        "What a reader should know about this submission: where the code is, how constants were\n"
+        "chosen, what it is not meant for.\n"
+    )
