@@ -115,6 +115,10 @@ class IsoC(_Spectral[list[Tensor]]):
     Σ c_i·τ_i = U·S·Vᵀ,   τ = mean(S)·U·Vᵀ
     """
 
+    # A flat spectrum is as large as the mean of the singular values: short fine-tunings want more.
+    grid: tuple[float, ...] = searched((0.0, 1.0, 2.0, 4.0))
+    shared: tuple[float, ...] = searched((0.5, 1.0, 1.5, 2.0, 3.0))
+
     card: ClassVar[Card] = Card(
         summary="Flattens the spectrum of the summed task matrix",
         paper="No Task Left Behind: Isotropic Model Merging with Common and Task-Specific "
