@@ -10,17 +10,22 @@ A recipe is a TOML file::
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmark.errors import UnmergeBenchError, UsageError
+from benchmark.pipeline.suite import Suite
 from benchmark.records import Cell
 from benchmark.reporting.board import TIERS, Tier, clip
-from leaderboard.checks import asked_of
-from leaderboard.entry import Certificate, Entry, Line, Name
+from benchmark.specs import did_you_mean
+from leaderboard import trust
+from leaderboard.entry import Certificate, Entry, Line, Name, asked_of, measured
+
+#: So much less protection, in points of 1, makes a stronger attack; less is chance.
+MARGIN = 0.01
 
 
 class Recipe(BaseModel):
@@ -28,8 +33,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     attack: Name
-    mergers: tuple[Name, ...] = ()
-    credit: Line
+    mergers: tuple[Name, ...] = Field(default=(), max_length=20)
+    credit: Line = Field(min_length=1)
 
 
 def load(path: Path) -> Recipe:
@@ -43,7 +48,8 @@ def load(path: Path) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{path}: {where}: {first['msg']}") from None
+        hint = did_you_mean(where, Recipe.model_fields) if "extra" in first["type"] else ""
+        raise UsageError(f"{path}: {where}: {first['msg']}{hint}") from None
 
 
 def replay(
@@ -51,44 +57,77 @@ def replay(
     recipe: Recipe,
     out: Path,
     *,
+    trusted: Collection[str] = (),
     notify: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
     """Run the recipe against the entry's release, on every victim, partner and seed of its suite.
 
-    ``out`` is the run folder, which resumes.
+    ``out`` is the run folder, which resumes. ``trusted``: specs of defenses whose own code may run.
 
     Raises:
-        UnmergeBenchError: a cell failed, or the attack leaves no less protection than is known.
+        Untrusted: code that does not ship with UnmergeBench: the recipe's, or the defense's unless
+            it is trusted.
+        UnmergeBenchError: the entry is not sound, a cell failed, or the attack leaves no less
+            protection than is known.
     """
+    from leaderboard.checks import problems
+
+    if wrong := problems(entry):
+        raise UnmergeBenchError(f"the entry is not sound ({wrong[0]}); see `unmergebench verify`")
+    attack = trust.attack(recipe.attack).spec
+    mergers = tuple(trust.merger(spec).spec for spec in recipe.mergers)
+    trust.defense(entry.defense.spec, trusted)
+    suite = entry.suite.definition.model_copy(
+        update={"attacks": (attack,), "mergers": mergers or entry.suite.definition.mergers}
+    )
+    cells = _run(asked_of(suite, entry.defense.spec), out, notify)
+    made = Certificate(
+        attack=attack,
+        merger=", ".join(dict.fromkeys(cell.merger for cell in cells)),
+        credit=recipe.credit,
+        same_release=same_release(entry, cells),
+        created=datetime.now(UTC).replace(microsecond=0),
+        cells=tuple(cells),
+    )
+    if not _lowers(entry, made):
+        least = min(_protections(cells, entry), default=None)
+        tier: Tier = max((cell.access for cell in cells), key=TIERS.index)
+        known = best_known(entry).get(tier)
+        left, best = ("no figure" if v is None else f"{v:.2f}" for v in (least, known))
+        raise UnmergeBenchError(
+            f"{attack} leaves {left}; {best} is known with access {tier}, and a certificate needs "
+            f"{MARGIN} less. Nothing was recorded"
+        )
+    return made
+
+
+def _run(suite: Suite, out: Path, notify: Callable[[str], None]) -> list[Cell]:
     import torch
 
     from benchmark.pipeline import plan as planning
     from benchmark.pipeline import run as running
 
-    suite = asked_of(entry.suite.definition, entry.defense.spec)
-    suite = suite.model_copy(
-        update={"attacks": (recipe.attack,), "mergers": recipe.mergers or suite.mergers}
-    )
     device = torch.device("cpu")
     cells = running.execute(planning.make(suite, device), out, device, notify=notify)
-    _check(cells)
-    best = min(_protections(cells, entry), default=None)
-    tier: Tier = max((cell.access for cell in cells), key=TIERS.index)
-    known = best_known(entry).get(tier)
-    if best is None or (known is not None and best >= known):
-        found = "no benefit of merging" if best is None else f"{best:.2f}"
-        raise UnmergeBenchError(
-            f"{recipe.attack} leaves {found}, {known:.2f} is already known with access {tier}; "
-            "nothing was recorded"
-        )
-    return Certificate(
-        attack=cells[0].attack,
-        merger=", ".join(dict.fromkeys(cell.merger for cell in cells)),
-        credit=recipe.credit,
-        same_release=_same_release(entry, cells),
-        created=datetime.now(UTC).replace(microsecond=0),
-        cells=tuple(cells),
-    )
+    for cell in cells:
+        if cell.status == "error":
+            raise UnmergeBenchError(f"{cell.attack} failed on {cell.victim}: {cell.reason}")
+    return cells
+
+
+def without_merit(entry: Entry) -> Iterator[str]:
+    """Certificates that did not lower what was known when they were added."""
+    for number, certificate in enumerate(entry.certificates, start=1):
+        before = entry.model_copy(update={"certificates": entry.certificates[: number - 1]})
+        if not _lowers(before, certificate):
+            yield f"certificate {number}: {certificate.attack} is no stronger than what was known"
+
+
+def _lowers(entry: Entry, certificate: Certificate) -> bool:
+    before = best_known(entry)
+    with_it = (*entry.certificates, certificate)
+    after = best_known(entry.model_copy(update={"certificates": with_it}))
+    return any(value <= before.get(tier, 2.0) - MARGIN for tier, value in after.items())
 
 
 def best_known(entry: Entry) -> dict[Tier, float]:
@@ -106,7 +145,7 @@ def best_known(entry: Entry) -> dict[Tier, float]:
     return found
 
 
-def _protections(cells: list[Cell] | tuple[Cell, ...], entry: Entry) -> list[float]:
+def _protections(cells: Sequence[Cell], entry: Entry) -> list[float]:
     from leaderboard.runs import board
 
     if not cells:
@@ -115,15 +154,16 @@ def _protections(cells: list[Cell] | tuple[Cell, ...], entry: Entry) -> list[flo
     return [clip(e.protection) for e in matrix if e.protection is not None and not e.task_id]
 
 
-def _check(cells: list[Cell]) -> None:
-    for cell in cells:
-        if cell.status == "error":
-            raise UnmergeBenchError(f"{cell.attack} failed on {cell.victim}: {cell.reason}")
-
-
-def _same_release(entry: Entry, cells: list[Cell]) -> bool:
+def same_release(entry: Entry, cells: Sequence[Cell]) -> bool:
+    """Whether base, expert and release are the entry's own, bit for bit."""
+    stated = entry.subjects
     return all(
-        cell.sha256.released == entry.subjects.released.get(f"{cell.victim}/{cell.seed}")
+        (cell.sha256.base, cell.sha256.expert, cell.sha256.released)
+        == (
+            stated.base,
+            stated.experts.get(cell.victim),
+            stated.released.get(f"{cell.victim}/{cell.seed}"),
+        )
         for cell in cells
-        if cell.status != "skipped"
+        if measured(cell)
     )

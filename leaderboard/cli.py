@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Rankings across runs.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(
+    help="Rankings across runs, and the public page.", no_args_is_help=True, rich_markup_mode="rich"
+)
 
 
 @app.callback()
 def _group() -> None:
-    """Rankings across runs."""
+    """Rankings across runs, and the public page."""
 
 
 @app.command()
@@ -40,3 +42,59 @@ def show(
     from benchmark.reporting import tables
 
     tables.show(cells, ranked)
+
+
+@app.command()
+def build(
+    entries: Annotated[
+        Path, typer.Option("--entries", metavar="DIR", help="The folder of entries.")
+    ] = Path("leaderboard/entries"),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the site goes; replaced whole.")
+    ] = Path("site"),
+) -> None:
+    """Build the public page from the folder of entries: a static site that needs no network.
+
+    Open DIR/index.html, or put DIR on any web host. Beside the page: leaderboard.csv, .parquet and
+    .json, and entries.json. A folder that holds anything else is refused.
+
+    [bold]Examples[/bold]
+
+      unmergebench leaderboard build
+
+      unmergebench leaderboard build --entries my-entries --out public
+    """
+    from rich.markup import escape
+
+    from benchmark.cli.output import console
+    from leaderboard.site import build as make
+
+    with console(stderr=True).status("building"):
+        built = make(entries, out)
+    console().print(
+        f"{built.entries} entries of {built.defenses} defenses, {built.suites} suites: "
+        f"{escape(str(built.page))}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def serve(
+    site: Annotated[
+        Path, typer.Option("--site", metavar="DIR", help="A site that `build` made.")
+    ] = Path("site"),
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0 takes any free one.")
+    ] = 8000,
+) -> None:
+    """Serve the built page to this machine only, until Ctrl-C.
+
+    [bold]Examples[/bold]
+
+      unmergebench leaderboard serve
+
+      unmergebench leaderboard serve --site public --port 0
+    """
+    from leaderboard.site import serve as run
+
+    run(site, port, typer.echo)

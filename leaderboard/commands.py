@@ -8,10 +8,14 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from benchmark.cli.output import Json, Seed, console, print_json
+from benchmark.cli.output import Json, console, print_json
 
 Entries = Annotated[Path, typer.Option("--entries", metavar="DIR", help="The folder of entries.")]
 Credit = Annotated[str, typer.Option("--credit", help="Who is to be named for it.")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="SPEC", help="A defense whose own code may run; repeatable."),
+]
 _FOLDER = Path("leaderboard/entries")
 
 
@@ -55,13 +59,22 @@ def submit(
     out = console()
     for entry, path in made:
         out.print(f"{escape(entry.defense.spec)} {entry.version}: {escape(str(path))}")
+    folders = " ".join(escape(str(path.parent)) for _, path in made)
     out.print(
         "\nTo have it on the public leaderboard, open a pull request with these files:\n"
-        "  git switch -c my-entry && git add " + escape(str(entries)) + "\n"
+        f"  git switch -c my-entry && git add {folders}\n"
         "  git commit -m 'Leaderboard entry' && git push -u origin my-entry\n"
         "and write in the README beside each entry where the code is. The pull request is verified "
         "as by\n  unmergebench verify ENTRY --rerun 3"
     )
+
+
+def _schema(asked: bool) -> None:
+    if asked:
+        from leaderboard.entry import json_schema
+
+        print_json(json_schema())
+        raise typer.Exit
 
 
 def verify(
@@ -69,11 +82,16 @@ def verify(
     rerun: Annotated[
         int, typer.Option("--rerun", min=0, metavar="N", help="Run N random cells again.")
     ] = 0,
-    trust: Annotated[
-        list[str] | None,
-        typer.Option("--trust", metavar="SPEC", help="Code of its own that may run; repeatable."),
+    trust: Trust = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Which cells; drawn afresh by default.")
     ] = None,
-    seed: Seed = 0,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema", is_eager=True, callback=_schema, help="Print the JSON Schema of entries."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check an entry: schema, suite, every cell, every figure; then run some cells again.
@@ -96,7 +114,12 @@ def verify(
             status.update(escape(text))
 
         verdict = check(
-            folder.read(entry), rerun=rerun, seed=seed, trusted=trust or (), notify=notify
+            folder.read(entry),
+            path=entry,
+            rerun=rerun,
+            seed=seed,
+            trusted=trust or (),
+            notify=notify,
         )
     if as_json:
         print_json(vars(verdict))
@@ -111,6 +134,8 @@ def _show(verdict: Any) -> None:
         mark = "[green]agrees[/green]" if cell["agrees"] else "[bold red]differs[/bold red]"
         stated, found = (_number(cell[name]) for name in ("stated", "found"))
         out.print(f"run again: {escape(cell['cell'])}: stated {stated}, found {found}: {mark}")
+    if verdict.seed is not None:
+        out.print(f"the same cells again: --rerun {len(verdict.rerun)} --seed {verdict.seed}")
     for note in verdict.notes:
         out.print(f"[yellow]note[/yellow]: {escape(note)}")
     for reason in verdict.reasons:
@@ -131,6 +156,7 @@ def challenge(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Run folder of the replay.")
     ] = None,
+    trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Replay a stronger attack against an entry and record it, with credit, beside its score.
@@ -147,10 +173,16 @@ def challenge(
 
     stated, wanted = folder.read(entry), replaying.load(recipe)
     before = replaying.best_known(stated)
-    place = out or Path("runs") / f"challenge-{folder.slug(stated.defense.spec)}-{stated.version}"
+    # A folder for each recipe and entry, so that a killed replay resumes.
+    name = f"{folder.slug(stated.defense.spec)}-{stated.version}-{folder.slug(wanted.attack)}"
+    place = out or Path("runs") / f"challenge-{name}"
     with console(stderr=True).status("replaying") as status:
         certificate = replaying.replay(
-            stated, wanted, place, notify=lambda text: status.update(escape(text))
+            stated,
+            wanted,
+            place,
+            trusted=trust or (),
+            notify=lambda text: status.update(escape(text)),
         )
     changed = folder.certify(entry, certificate)
     after = replaying.best_known(changed)

@@ -1,17 +1,19 @@
 """What stands on the leaderboard: one defense under one suite, with all that is needed to check it.
 
 An entry is data and is never executed. It holds raw cells only; every aggregate is computed from
-them when it is read (:func:`leaderboard.runs.board`).
+them when it is read (:func:`leaderboard.runs.board`). What can be read can be put together: cells
+whose parts do not fit each other are refused here, wrong figures by :mod:`leaderboard.checks`.
 """
 
 from __future__ import annotations
 
-import re
-from datetime import datetime
+import json
+from math import prod
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,18 +22,25 @@ from pydantic import (
 )
 
 from benchmark.contracts import Card
+from benchmark.errors import UnmergeBenchError
+from benchmark.evaluation.statistics import MODELS, unpack_bits
 from benchmark.pipeline.suite import Suite
 from benchmark.records import Cell
+from leaderboard.strict import UNSEEN
 
 SCHEMA_VERSION = 1
 
 Sha = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-#: C0 and C1 controls, and what turns the direction of text around or hides in it.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+#: Cells that one suite may ask of one defense.
+MAX_CELLS = 100_000
+#: Test examples per task: outcomes are resampled a thousand times.
+MAX_TEST = 20_000
+#: JSON characters of what has no schema (settings, notes, environment).
+MAX_FREE = 50_000
 
 
 def _plain(text: str) -> str:
-    if found := _UNSEEN.search(text):
+    if found := UNSEEN.search(text):
         raise ValueError(f"holds the invisible character U+{ord(found[0]):04X}")
     return text
 
@@ -56,6 +65,14 @@ class SuiteId(_Strict):
     def _own_hash(self) -> SuiteId:
         if self.definition.hash != self.hash:
             raise ValueError("the suite's hash is not that of its definition")
+        if self.definition.name != self.name:
+            raise ValueError("the suite's name is not that of its definition")
+        if self.definition.test > MAX_TEST:
+            raise ValueError(f"more than {MAX_TEST} test examples per task")
+        asked = (self.definition.groups, self.definition.seeds)
+        made = (self.definition.attacks, self.definition.mergers)
+        if prod(map(len, (*asked, *made))) > MAX_CELLS:
+            raise ValueError(f"asks for more than {MAX_CELLS} cells")
         return self
 
 
@@ -89,7 +106,7 @@ class Certificate(_Strict):
     merger: Name
     credit: Line
     same_release: bool
-    created: datetime
+    created: AwareDatetime
     cells: tuple[Cell, ...] = Field(min_length=1, max_length=1000)
 
 
@@ -103,18 +120,108 @@ class Entry(_Strict):
     suite: SuiteId
     defense: Method
     subjects: Subjects
-    cells: tuple[Cell, ...] = Field(min_length=1, max_length=100_000)
+    cells: tuple[Cell, ...] = Field(min_length=1, max_length=MAX_CELLS)
     environment: dict[Name, Any] = Field(max_length=50)
-    flags: tuple[Name, ...] = ()
+    flags: tuple[Name, ...] = Field(default=(), max_length=50)
     credit: Line = ""
-    created: datetime
+    created: AwareDatetime
     #: The version that took its place.
     superseded_by: Line = ""
     #: Why it no longer counts.
     invalidated: Line = ""
     certificates: tuple[Certificate, ...] = Field(default=(), max_length=100)
 
+    @model_validator(mode="after")
+    def _readable(self) -> Entry:
+        _small(self.environment, "environment")
+        for cell in self.all_cells:
+            if (cell.defense, cell.testbed) != (self.defense.spec, self.subjects.testbed):
+                raise ValueError("a cell of another defense or testbed")
+            _fits(cell, self.suite.definition.test)
+        return self
+
+    @property
+    def all_cells(self) -> list[Cell]:
+        """Its own and those of its certificates."""
+        return [*self.cells, *(cell for one in self.certificates for cell in one.cells)]
+
+    @property
+    def number(self) -> int:
+        """Which version of this defense and suite."""
+        return int(self.version.rpartition("-")[2])
+
     @property
     def stands(self) -> bool:
         """Whether it counts: neither invalidated nor superseded."""
         return not (self.invalidated or self.superseded_by)
+
+
+def asked_of(suite: Suite, spec: str) -> Suite:
+    """The suite with ``spec`` as its only defense: what an entry answers."""
+    return suite.model_copy(update={"defenses": (spec,)})
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of an entry's file, for readers in other languages.
+
+    What JSON Schema cannot say (hashes that fit, figures that follow) is left to ``verify``.
+    """
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"unmergebench-entry-{SCHEMA_VERSION}.json",
+        **Entry.model_json_schema(mode="serialization"),
+        "title": f"UnmergeBench leaderboard entry, version {SCHEMA_VERSION}",
+    }
+
+
+#: What a cell that was not measured has not.
+_FIGURES = (
+    "accuracy", "normalized", "gain", "gain_undefended", "gain_outside", "protection",
+    "protection_ci", "merged_accuracy", "fixed", "expert_accuracy", "zero_shot", "utility",
+    "utility_drop", "standalone", "logit_gap", "bf16_gap", "bf16_gap_expert", "recovered_gap",
+    "correct", "benign", "flags",
+)  # fmt: skip
+
+
+def _small(value: object, what: str) -> None:
+    if len(json.dumps(value, default=str)) > MAX_FREE:
+        raise ValueError(f"{what} holds over {MAX_FREE} characters")
+
+
+def _fits(cell: Cell, test: int) -> None:
+    """Refuse a cell that aggregation could stumble over."""
+    for free in ("setting", "merged_setting", "ensemble", "notes"):
+        _small(getattr(cell, free), free)
+    if cell.ensemble and not isinstance(cell.ensemble.get("winner"), str):
+        raise ValueError("an ensemble without a winner")
+    if any(accuracy.keys() != {"released", "expert"} for accuracy in cell.benign.values()):
+        raise ValueError("benign use without released and expert")
+    if not measured(cell):
+        if any(getattr(cell, name) not in (None, {}, []) for name in _FIGURES):
+            raise ValueError(f"a cell with status {cell.status} holds figures")
+        return
+    if None in (cell.gain, cell.gain_undefended, cell.gain_outside):
+        raise ValueError("a measured cell without its gains")
+    if (cell.protection is None) != (cell.status == "no-benefit"):
+        raise ValueError(f"a cell with status {cell.status} and protection {cell.protection}")
+    tasks = {cell.victim, *cell.partners}
+    if cell.correct.keys() != set(MODELS) or any(c.keys() != tasks for c in cell.correct.values()):
+        raise ValueError("outcomes of other models or tasks than the cell's")
+    if not tasks or cell.expert_accuracy.keys() != tasks:
+        raise ValueError("accuracies of other tasks than the cell's")
+    for task in tasks:
+        packed = [cell.correct[model][task] for model in MODELS]
+        if max(map(len, packed)) > test // 4 + 4:
+            raise ValueError("more outcomes than the suite has test examples")
+        try:
+            sizes = {len(unpack_bits(text)) for text in packed}
+            right = unpack_bits(cell.correct["expert"][task])
+        except UnmergeBenchError as error:
+            raise ValueError(str(error)) from None
+        if len(sizes) > 1 or not right.any():
+            raise ValueError(f"outcomes on {task!r} differ in number, or the expert has none right")
+
+
+def measured(cell: Cell) -> bool:
+    """Whether it holds figures."""
+    return cell.status in ("ok", "no-benefit")

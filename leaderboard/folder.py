@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,24 @@ if TYPE_CHECKING:
 #: Where a checkout of the project keeps them.
 ENTRIES = Path("leaderboard/entries")
 
+#: Schema version → what makes an entry of it one of the next version. There is one version so far.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+_DEVICE = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
+
 
 def slug(spec: str) -> str:
-    """A folder name for a defense: ``params(scaling=symmetric)`` → ``params-scaling-symmetric``."""
-    name = re.sub(r"[^a-z0-9+.]+", "-", spec.lower()).strip("-.")
-    return (name or "defense")[:100]
+    """A folder name for a defense, on any file system, and another one for each spec.
+
+    ``params`` → ``params``; ``params(scaling=symmetric)`` → ``params-scaling-symmetric-`` and eight
+    digits of the spec's sha256, as always when the name is not the spec itself.
+    """
+    name = re.sub(r"[^a-z0-9+.]+", "-", spec.lower())[:80].strip("-.")
+    if not name or _DEVICE.match(name):
+        name = f"defense-{name}".rstrip("-")
+    if name == spec:
+        return name
+    return f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
 
 
 def parse(data: bytes, what: str) -> Entry:
@@ -39,37 +53,44 @@ def parse(data: bytes, what: str) -> Entry:
     found = strict.loads(data, what)
     if not isinstance(found, dict):
         raise strict.Malformed(f"{what}: not an entry, but a {type(found).__name__}")
+    found = migrated(found, what)
     try:
-        return Entry.model_validate(migrated(found, what))
+        # As JSON and strictly: else the text "nan" would pass for a number.
+        return Entry.model_validate_json(json.dumps(found), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise strict.Malformed(f"{what}: {field}: {first['msg']}") from None
-    except RecursionError:
-        raise strict.Malformed(f"{what}: nested too deeply") from None
+        field = ".".join(str(part)[:60] for part in first["loc"]) or "entry"
+        raise strict.Malformed(f"{what}: {field}: {_line(first['msg'])}") from None
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:400]
 
 
 def migrated(found: dict[str, Any], what: str) -> dict[str, Any]:
-    """An entry of an older schema as one of today's. There is one schema so far.
+    """An entry of an older schema as one of today's, step by step through ``MIGRATIONS``.
 
     Raises:
-        Malformed: no version, or one this code does not know.
+        Malformed: no version, one this code does not know, or no entry even of its own version.
     """
     version = found.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise strict.Malformed(
-            f"{what}: schema version {version!r}; this code reads {SCHEMA_VERSION}"
-        )
+    while type(version) is int and version in MIGRATIONS:
+        try:
+            found = {**MIGRATIONS[version](found), "schema_version": version + 1}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise strict.Malformed(
+                f"{what}: no entry of schema version {version} ({type(error).__name__})"
+            ) from None
+        version += 1
+    if type(version) is not int or version != SCHEMA_VERSION:
+        shown = ascii(version)[:60]
+        raise strict.Malformed(f"{what}: schema version {shown}; this code reads {SCHEMA_VERSION}")
     return found
 
 
 def read(path: Path) -> Entry:
     """One entry from disk. Raises as :func:`parse`, and if it is no plain file."""
-    if path.is_symlink() or not path.is_file():
-        raise strict.Malformed(f"{path} is no plain file")
-    if path.stat().st_size > strict.MAX_BYTES:
-        raise strict.Malformed(f"{path}: over {strict.MAX_BYTES // 2**20} MiB")
-    return parse(path.read_bytes(), str(path))
+    return parse(strict.read(path), str(path))
 
 
 def everything(folder: Path) -> Iterator[tuple[Path, Entry]]:
@@ -87,8 +108,25 @@ def everything(folder: Path) -> Iterator[tuple[Path, Entry]]:
             raise strict.Malformed(f"{path.parent} is a link")
         entry = read(path)
         if path_of(folder, entry) != path:
-            raise strict.Malformed(f"{path} holds {entry.defense.spec} {entry.version}; move it")
+            raise strict.Malformed(
+                f"{path} holds {entry.defense.spec} {entry.version}; "
+                f"move it to {path_of(folder, entry)}"
+            )
         yield path, entry
+
+
+def misplaced(path: Path, entry: Entry) -> Iterator[str]:
+    """What is wrong with the place of an entry, and with what it says of its other versions."""
+    home = path.absolute().parent
+    if path_of(home.parent, entry) != path.absolute():
+        yield f"its place is {path_of(Path('.'), entry)} in a folder of entries"
+        return
+    others = [read(other) for other in sorted(home.glob("*.json")) if other.name != path.name]
+    later = [o for o in others if o.suite.name == entry.suite.name and o.number > entry.number]
+    if entry.superseded_by and entry.superseded_by not in {o.version for o in later}:
+        yield f"superseded by {entry.superseded_by}, which is no later version here"
+    if not entry.superseded_by and any(o.stands for o in later):
+        yield "a later version stands beside it; it should say superseded_by"
 
 
 def path_of(folder: Path, entry: Entry) -> Path:
@@ -97,20 +135,30 @@ def path_of(folder: Path, entry: Entry) -> Path:
 
 
 def write(folder: Path, entry: Entry) -> Path:
-    """Write an entry to its place, atomically."""
+    """Write an entry to its place, atomically.
+
+    Raises:
+        Malformed: it could not be read again (an invisible character in a note, say).
+    """
     path = path_of(folder, entry)
-    write_text(path, json.dumps(entry.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(entry.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+    parse(text.encode(), str(path))
+    write_text(path, text)
     return path
 
 
 def certify(path: Path, certificate: Certificate) -> Entry:
-    """Add a certificate to the entry at ``path``, whatever was added meanwhile."""
-    folder = path.resolve().parent.parent
+    """Add a certificate to the entry at ``path``, whatever was added meanwhile.
+
+    Raises:
+        Malformed: it is no entry, or not at its place in a folder of entries.
+    """
+    folder = path.absolute().parent.parent
+    if path_of(folder, read(path)) != path.absolute():
+        raise strict.Malformed(f"{path} is not at its place in a folder of entries")
     with locked(folder):
         entry = read(path)
         changed = entry.model_copy(update={"certificates": (*entry.certificates, certificate)})
-        if path_of(folder, entry) != path.resolve():
-            raise strict.Malformed(f"{path} is not at its place in a folder of entries")
         write(folder, changed)
     return changed
 

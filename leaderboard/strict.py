@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmark.errors import UnmergeBenchError
 
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 32 * 2**20
 MAX_DEPTH = 30
-MAX_DIGITS = 30
+#: Characters of one string; the longest that entries hold are outcomes per example, 4 a character.
+MAX_STRING = 20_000
+MAX_KEY = 400
+#: Magnitude of a number (model FLOPs stay far below).
+MAX_NUMBER = 10**30
+#: C0 and C1 controls, and what turns the direction of text around or hides in it.
+UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Malformed(UnmergeBenchError):
@@ -22,8 +33,8 @@ def loads(data: bytes, what: str) -> Any:
 
     Raises:
         Malformed: over ``MAX_BYTES``, not UTF-8 or JSON, nested deeper than ``MAX_DEPTH``, a key
-            twice in one object, NaN or Infinity, a number that overflows, an integer of more than
-            ``MAX_DIGITS`` digits, a lone surrogate.
+            twice in one object, NaN or Infinity, a number over ``MAX_NUMBER``, a long string, an
+            invisible character or a lone surrogate in one.
     """
 
     def refuse(problem: str) -> NoReturn:
@@ -32,75 +43,84 @@ def loads(data: bytes, what: str) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) != len(items):
-            names = [name for name, _ in items]
-            refuse(f"key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+            seen: set[str] = set()
+            twice = next(name for name, _ in items if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            refuse(f"key {twice[:60]!a} stands twice")
         return found
 
     def whole(text: str) -> int:
-        if len(text) > MAX_DIGITS:
+        # The length first: reading an integer takes quadratic time.
+        if len(text) > 31 or abs(int(text)) > MAX_NUMBER:
             refuse(f"an integer of {len(text)} digits")
         return int(text)
 
     def real(text: str) -> float:
         value = float(text)
-        if value in (float("inf"), float("-inf")):
-            refuse(f"{text} is too large for a number")
+        if not abs(value) <= MAX_NUMBER:
+            refuse(f"{text[:40]} is too large a number")
         return value
 
     if len(data) > MAX_BYTES:
-        refuse(f"{len(data) / 2**20:.0f} MiB, at most {MAX_BYTES // 2**20} are read")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        refuse(f"not UTF-8 (byte {error.start})")
-    if _depth(text) > MAX_DEPTH:
-        refuse(f"nested deeper than {MAX_DEPTH} levels")
+        refuse(f"over {MAX_BYTES // 2**20} MiB")
     try:
         found = json.loads(
-            text,
+            data.decode("utf-8"),
             object_pairs_hook=pairs,
             parse_constant=lambda name: refuse(f"{name} is no JSON"),
             parse_int=whole,
             parse_float=real,
         )
-        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        refuse(f"not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:
         refuse(f"no JSON: {error.msg} (line {error.lineno})")
-    except UnicodeEncodeError:
-        refuse("holds half a character (a lone surrogate)")
+    except RecursionError:
+        refuse(f"nested deeper than {MAX_DEPTH} levels")
+    if problem := _problem(found):
+        refuse(problem)
     return found
 
 
-def read(path: Path) -> Any:
-    """The same from a file, which must be a plain one.
+def read(path: Path) -> bytes:
+    """The bytes of a plain file.
 
     Raises:
-        Malformed: as :func:`loads`; also a link, a folder, a device.
+        Malformed: a link, a folder, a device, or over ``MAX_BYTES``.
     """
     if path.is_symlink() or not path.is_file():
         raise Malformed(f"{path} is no plain file")
-    if path.stat().st_size > MAX_BYTES:
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
         raise Malformed(f"{path}: over {MAX_BYTES // 2**20} MiB")
-    return loads(path.read_bytes(), str(path))
+    return data
 
 
-def _depth(text: str) -> int:
-    """Deepest nesting of brackets outside strings, without recursion."""
-    depth = deepest = 0
-    inside = escaped = False
-    for character in text:
-        if inside:
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character == '"':
-                inside = False
-        elif character == '"':
-            inside = True
-        elif character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
-    return deepest
+def _problem(found: Any) -> str:
+    """What is wrong with parsed JSON: its depth or one of its strings. Without recursion."""
+    waiting = [(found, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, str):
+            if problem := _of_text(value, MAX_STRING):
+                return problem
+        elif isinstance(value, (dict, list)):
+            if depth > MAX_DEPTH:
+                return f"nested deeper than {MAX_DEPTH} levels"
+            if isinstance(value, dict):
+                for key in value:
+                    if problem := _of_text(key, MAX_KEY):
+                        return problem
+            items = value.values() if isinstance(value, dict) else value
+            waiting += [(item, depth + 1) for item in items]
+    return ""
+
+
+def _of_text(text: str, most: int) -> str:
+    if len(text) > most:
+        return f"a string of {len(text)} characters, at most {most} are read"
+    if match := UNSEEN.search(text):
+        return f"holds the invisible character U+{ord(match[0]):04X}"
+    if _HALF.search(text):
+        return "holds half a character (a lone surrogate)"
+    return ""

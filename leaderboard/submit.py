@@ -7,18 +7,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from benchmark import methods
 from benchmark.contracts import Defense
 from benchmark.errors import UnmergeBenchError, UsageError
 from benchmark.methods import Named
 from benchmark.paths import write_text
+from benchmark.pipeline import suite as suites
 from benchmark.pipeline.fingerprint import sha
-from benchmark.pipeline.suite import Suite, builtin, load
+from benchmark.pipeline.suite import Suite
 from benchmark.pipeline.workbench import method_key
 from benchmark.records import Cell
 from benchmark.specs import did_you_mean
-from leaderboard import checks, folder
-from leaderboard.entry import Entry, Method, Subjects, SuiteId
+from leaderboard import checks, folder, trust
+from leaderboard.entry import Entry, Method, Subjects, SuiteId, asked_of, measured
 from leaderboard.runs import Run, read
 
 #: Facts of run.json that tell where and with what a run was made.
@@ -50,15 +53,12 @@ def submit(
     Raises:
         Incomplete: the run is unfinished, of no suite that ships with UnmergeBench, or cells are
             missing or failed.
-        UsageError: a defense the run does not hold.
+        UsageError: a defense the run does not hold, or one that has no rank.
+        Untrusted: a defense of the run is somebody's own code and not among ``defenses``.
     """
     run = read(path)
     suite = _question(run)
-    found = [named for named in map(methods.defense, _specs(run)) if _wanted(named, defenses)]
-    held = {named.spec for named in found}
-    for spec in defenses:
-        if methods.defense(spec).spec not in held:
-            raise UsageError(f"{path} holds no {spec!r}{did_you_mean(spec, _specs(run))}")
+    found = _chosen(run, defenses)
     if not found:
         raise Incomplete(path, ["it holds no defense that can be ranked, only controls"])
     made = [_entry(run, suite, named, credit) for named in found]
@@ -74,14 +74,20 @@ def _question(run: Run) -> Suite:
     if not run.facts.get("finished"):
         raise Incomplete(run.folder, ["the run is not finished; the same command resumes it"])
     facts.pop("hash", None)
-    ran = Suite.model_validate(facts)
+    try:
+        ran = Suite.model_validate(facts)
+        run.facts["testbed"]["name"], run.facts["testbed"]["hash"]
+    except (ValidationError, KeyError, TypeError):
+        raise Incomplete(
+            run.folder, ["its run.json lacks suite or testbed; run it again"]
+        ) from None
     name = ran.name.removesuffix("-custom")  # what narrowing a suite makes of its name
-    if name not in builtin():
-        known = ", ".join(builtin())
+    if name not in suites.builtin():
+        known = ", ".join(suites.builtin())
         raise Incomplete(
             run.folder, [f"suite {ran.name!r} does not ship with UnmergeBench ({known})"]
         )
-    suite = load(name)
+    suite = suites.load(name)
     if ran.model_copy(update={"defenses": suite.defenses}).hash != suite.hash:
         changed = [
             field
@@ -93,35 +99,61 @@ def _question(run: Run) -> Suite:
     return suite
 
 
-def _specs(run: Run) -> list[str]:
-    return list(dict.fromkeys(cell.defense for cell in run.cells))
+def _chosen(run: Run, defenses: Sequence[str]) -> list[Named[Defense]]:
+    """The defenses to submit: those named, else every one whose card says it is a method.
 
-
-def _wanted(named: Named[Defense], defenses: Sequence[str]) -> bool:
-    if defenses:
-        return named.spec in {methods.defense(spec).spec for spec in defenses}
-    return named.method.card.role == "method"
+    A run folder may be somebody else's: code that it alone names is not run.
+    """
+    held = list(dict.fromkeys(cell.defense for cell in run.cells))
+    if not defenses:
+        found = [trust.defense(spec) for spec in held]
+        return [named for named in found if named.method.card.role == "method"]
+    chosen = {named.spec: named for named in map(methods.defense, defenses)}
+    for spec in chosen:
+        if spec not in held:
+            raise UsageError(f"{run.folder} holds no {spec!r}{did_you_mean(spec, held)}")
+        path = spec.partition(".py:")[0]
+        if ".py:" in spec and (Path(path).is_absolute() or ".." in Path(path).parts):
+            raise UsageError(
+                f"{spec} names a place on this machine, and seeds depend on the name; run it again "
+                "from the folder of the file, as file.py:Class"
+            )
+    for named in chosen.values():
+        if named.method.card.role != "method":
+            raise UsageError(f"{named.spec} is a {named.method.card.role}; it has no rank")
+    return list(chosen.values())
 
 
 def _entry(run: Run, suite: Suite, named: Named[Defense], credit: str) -> Entry:
     cells = [cell for cell in run.cells if cell.defense == named.spec]
-    asked = checks.asked_of(suite, named.spec)
+    asked = asked_of(suite, named.spec)
     card = named.method.card
-    return Entry(
-        version=f"{suite.name}-1",
-        suite=SuiteId(name=suite.name, hash=asked.hash, definition=asked),
-        defense=Method(spec=named.spec, card=card, source_sha256=sha(method_key(named.method))),
-        subjects=_subjects(run, cells),
-        cells=tuple(cells),
-        environment={key: run.facts[key] for key in _KEPT if key in run.facts},
-        flags=tuple(checks.flags(cells, named.spec, lambda spec: card)),
-        credit=credit,
-        created=datetime.now(UTC).replace(microsecond=0),
-    )
+    if failed := [f"{checks.words(c)}: {c.status}: {c.reason}" for c in cells if _failed(c)]:
+        raise Incomplete(run.folder, [f"{named.spec}: {reason}" for reason in failed])
+    try:
+        return Entry(
+            version=f"{suite.name}-1",
+            suite=SuiteId(name=suite.name, hash=asked.hash, definition=asked),
+            defense=Method(spec=named.spec, card=card, source_sha256=sha(method_key(named.method))),
+            subjects=_subjects(run, cells),
+            cells=tuple(cells),
+            environment={key: run.facts[key] for key in _KEPT if key in run.facts},
+            flags=tuple(checks.flags(cells, named.spec, lambda spec: card)),
+            credit=credit,
+            created=datetime.now(UTC).replace(microsecond=0),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "its cells"
+        raise Incomplete(run.folder, [f"{named.spec}: {where}: {first['msg']}"]) from None
+
+
+def _failed(cell: Cell) -> bool:
+    return cell.status == "error"
 
 
 def _subjects(run: Run, cells: Sequence[Cell]) -> Subjects:
-    done = [cell for cell in cells if cell.status in ("ok", "no-benefit")]
+    done = [cell for cell in cells if measured(cell)]
     if not done:
         reasons = sorted({f"{c.status}: {c.reason}" for c in cells})
         raise Incomplete(run.folder, reasons or ["it holds no cells"])
@@ -138,7 +170,8 @@ def _subjects(run: Run, cells: Sequence[Cell]) -> Subjects:
 def _write(into: Path, entry: Entry) -> Submitted:
     """Under the next number of this defense and suite; the one before is superseded."""
     older = list(_versions(into, entry))
-    entry = entry.model_copy(update={"version": f"{entry.suite.name}-{len(older) + 1}"})
+    number = 1 + max((before.number for before in older), default=0)
+    entry = entry.model_copy(update={"version": f"{entry.suite.name}-{number}"})
     path = folder.write(into, entry)
     for before in older:
         if before.stands:
@@ -153,6 +186,8 @@ def _versions(into: Path, entry: Entry) -> Iterator[Entry]:
     home = folder.path_of(into, entry).parent
     for path in sorted(home.glob("*.json")):
         found = folder.read(path)
+        if found.defense.spec != entry.defense.spec:
+            raise UnmergeBenchError(f"{path} is an entry of {found.defense.spec}; move it")
         if found.suite.name == entry.suite.name:
             yield found
 

@@ -159,9 +159,11 @@ def utility(board: Leaderboard) -> Figure:
             label = row.defense + ("" if row.role == "method" else f" ({row.role})")
             axes.errorbar(
                 x, y, yerr=[[max(0, y - low)], [max(0, high - y)]],
-                marker=MARKERS[index % len(MARKERS)], color=SERIES[index % len(SERIES)],
-                fillstyle=fill, capsize=2, markersize=5, linewidth=1,
-                linestyle="none", label=label if not offset else None,
+                # Another marker in each round of colours, or the ninth would look like the first.
+                marker=MARKERS[(index + index // len(SERIES)) % len(MARKERS)],
+                color=SERIES[index % len(SERIES)], fillstyle=fill,
+                capsize=2, markersize=5, linewidth=1, linestyle="none",
+                label=label if not offset else None,
             )  # fmt: skip
     axes.axvline(GATE, color="grey", linestyle="--", linewidth=1)
     where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}

@@ -1,0 +1,198 @@
+"""The figures of one cell: recomputed where they follow from the cell, bounded where they do not.
+
+What follows: every accuracy, gain, protection and interval, from the outcomes per example; access,
+track and ``skipped``, from the methods; most flags, from utility and logit gaps. What is only
+bounded, so that only a re-run (:mod:`leaderboard.verify`) finds it out: the outcomes themselves,
+``utility``, ``standalone``, ``zero_shot``, ``fixed``, the logit gaps, ``benign``, ``budget``, the
+flags that need weights (norm-blow-up). What nothing checks: seconds, which are those of the
+submitter's machine, ``search``, ``notes``, and the weights behind a hash.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmark.contracts import Access, Attack, Card, Ensemble, Merger
+from benchmark.errors import MethodError
+from benchmark.evaluation.benign import USES
+from benchmark.evaluation.flags import EXACT, FLAGS
+from benchmark.evaluation.scoring import (
+    UTILITY_GATE,
+    accuracies,
+    benefit,
+    gain,
+    normalized,
+    protection,
+)
+from benchmark.evaluation.statistics import MODELS, ratio_protection, unpack_bits
+from benchmark.pipeline.suite import Suite
+from benchmark.records import Cell
+from leaderboard.entry import measured
+
+#: Figures are recomputed from the same outcomes by the same arithmetic.
+EXACTLY = 1e-9
+_SHA = re.compile(r"[0-9a-f]{64}")
+
+
+def problems(cell: Cell, suite: Suite, attack: Attack, merger: Merger, card: Card) -> Iterator[str]:
+    """Everything wrong with a cell of ``suite``, made by these methods for a defense of ``card``.
+
+    The cell has passed the schema of an entry: its outcomes can be read and fit together.
+    """
+    tier = max(attack.access, merger.access).label
+    if cell.access != tier:
+        yield f"claims access {cell.access}; its methods have {tier}"
+    if cell.task_id != merger.task_aware:
+        yield "claims another track than its merger's"
+    if cell.status == "error":
+        yield f"failed: {cell.reason[:200]}"
+    elif (cell.status == "skipped") != _skipped(cell, merger):
+        merges = "merges" if cell.status == "skipped" else "does not merge"
+        yield f"status {cell.status}, but {cell.merger} {merges} so many models"
+    elif measured(cell):
+        yield from _of_outcomes(cell, suite)
+        yield from _of_shares(cell, suite)
+        yield from _of_attack(cell, attack, merger)
+        yield from _of_flags(cell, card)
+
+
+def _skipped(cell: Cell, merger: Merger) -> bool:
+    """Whether a free-rider cannot use this merger here: the only ground for skipping a cell."""
+    try:
+        merger.search_space(1 + len(cell.partners))
+    except MethodError:
+        return True
+    return False
+
+
+def _of_outcomes(cell: Cell, suite: Suite) -> Iterator[str]:
+    tasks = [cell.victim, *cell.partners]
+    bits = {who: {t: unpack_bits(cell.correct[who][t]) for t in tasks} for who in MODELS}
+    expert, attacked = bits["expert"], bits["attacked"]
+    if len(expert[cell.victim]) != cell.n_test or cell.n_test > suite.test:
+        yield f"{len(expert[cell.victim])} outcomes, n_test {cell.n_test}, suite {suite.test}"
+    own = accuracies(expert)
+    gains = {who: gain(bits[who], expert) for who in ("attacked", "undefended", "outside")}
+    pairs: list[tuple[str, Any, Any]] = [
+        ("accuracy", cell.accuracy, accuracies(attacked)),
+        ("expert_accuracy", cell.expert_accuracy, own),
+        ("normalized", cell.normalized, normalized(accuracies(attacked), own)),
+        ("gain", cell.gain, gains["attacked"]),
+        ("gain_undefended", cell.gain_undefended, gains["undefended"]),
+        ("gain_outside", cell.gain_outside, gains["outside"]),
+    ]
+    nothing = benefit(gains["undefended"], gains["outside"]) is None
+    if nothing != (cell.status == "no-benefit"):
+        yield f"status {cell.status} does not follow from its gains"
+    elif nothing:
+        pairs.append(("protection_ci", cell.protection_ci, None))
+    else:
+        left = protection(gains["attacked"], gains["undefended"], gains["outside"])
+        interval = ratio_protection(cell.correct, scope=cell.testbed).interval
+        pairs += [("protection", cell.protection, left), ("interval", cell.protection_ci, interval)]
+    if cell.merged_accuracy:
+        pairs.append(("merged_accuracy", cell.merged_accuracy, cell.accuracy))
+    for name, stated, follows in pairs:
+        if not _same(stated, follows):
+            yield f"{name} does not follow from its outcomes"
+
+
+def _of_shares(cell: Cell, suite: Suite) -> Iterator[str]:
+    """Accuracies without outcomes: a share of as many test examples as there are."""
+    alone = {"utility": cell.utility, "standalone": cell.standalone}
+    for name, share in alone.items():
+        if share is None or not _counted(share, cell.n_test):
+            yield f"{name} is no share of {cell.n_test} examples"
+    if cell.utility is not None:
+        drop = cell.expert_accuracy[cell.victim] - cell.utility
+        if not _same(cell.utility_drop, drop):
+            yield "utility_drop does not follow from its utility"
+    for task, share in cell.zero_shot.items():
+        n = len(unpack_bits(cell.correct["expert"][task])) if task in cell.expert_accuracy else 0
+        if not n or not _counted(share, n):
+            yield f"zero_shot[{task}] is no share of its examples"
+    wanted = {f"{c:g}" for c in suite.fixed_coefficients} if cell.attack == "none" else set()
+    if cell.fixed.keys() != wanted:
+        yield "fixed holds other coefficients than the suite's"
+    for name, shares in cell.fixed.items():
+        if shares.keys() != {cell.victim} or not _counted(shares[cell.victim], cell.n_test):
+            yield f"fixed[{name}] is no share of {cell.n_test} examples"
+    if cell.benign and not (suite.benign and cell.attack == "none"):
+        yield "holds benign use, for which it was not asked"
+    for use, models in cell.benign.items():
+        if use not in USES or any(not 0 <= share <= 1 for share in models.values()):
+            yield f"benign[{use}] is no known use, or no share"
+    for name in ("logit_gap", "bf16_gap", "bf16_gap_expert", "recovered_gap"):
+        gap = getattr(cell, name)
+        if gap is not None and gap < 0:
+            yield f"{name} is negative"
+
+
+def _of_attack(cell: Cell, attack: Attack, merger: Merger) -> Iterator[str]:
+    spent = {**cell.seconds.model_dump(), **cell.budget.model_dump(), **cell.search.model_dump()}
+    for name, value in spent.items():
+        if value < 0:
+            yield f"{name} is negative"
+    used = cell.budget.examples or cell.budget.per_class
+    if used and max(attack.access, merger.access) == Access.WEIGHTS:
+        yield "spent examples, which its access does not grant"
+    if cell.search.passes > cell.search.exhaustive:
+        yield "its search took more passes than an exhaustive one"
+    if cell.search.settings < 1 or cell.n_val < 1:
+        yield "states no search or no validation examples"
+    for name in ("base", "expert", "released", "recovered"):
+        if not _SHA.fullmatch(getattr(cell.sha256, name)):
+            yield f"sha256.{name} is no hash"
+    if cell.sha256.merged and not _SHA.fullmatch(cell.sha256.merged):
+        yield "sha256.merged is no hash"
+    if cell.attack == "none" and cell.sha256.recovered != cell.sha256.released:
+        yield "no attack, yet what was recovered is not the release"
+    if isinstance(attack, Ensemble) != bool(cell.ensemble):
+        yield "ensemble: stated by one attack, or not stated by several"
+    if isinstance(attack, Ensemble) and cell.ensemble:
+        stated = cell.ensemble.get("version")
+        if stated != attack.version:
+            yield f"ensemble of version {str(stated)[:40]}; here it is {attack.version}"
+        elif cell.ensemble["winner"] not in attack.candidates:
+            yield "an ensemble won by none of its attacks"
+
+
+def _of_flags(cell: Cell, card: Card) -> Iterator[str]:
+    if unknown := sorted(set(cell.flags) - FLAGS.keys()):
+        yield f"unknown flag {unknown[0][:60]}"
+    gap = math.inf if cell.logit_gap is None else cell.logit_gap
+    half = (cell.bf16_gap or 0.0) > 2 * (cell.bf16_gap_expert or 0.0)
+    follow = {
+        "no-benefit": cell.status == "no-benefit",
+        "utility-gate": (cell.utility_drop or 0.0) > UTILITY_GATE,
+        "not-equivalent": card.exact and not gap <= EXACT,
+        "half-precision-loss": half,
+        "restricted-gauge": card.locks and cell.qk_gauge != "general",
+    }
+    for flag, raised in follow.items():
+        if raised != (flag in cell.flags):
+            yield f"flag {flag} does not follow from its figures"
+
+
+def _counted(share: float, n: int) -> bool:
+    """Whether a share is k/n for a whole 0 ≤ k ≤ n."""
+    return 0 <= share <= 1 and abs(share * n - round(share * n)) < 1e-6
+
+
+def _same(stated: Any, follows: Any) -> bool:
+    if isinstance(follows, dict):
+        return (
+            isinstance(stated, dict)
+            and stated.keys() == follows.keys()
+            and all(_same(stated[key], value) for key, value in follows.items())
+        )
+    if isinstance(follows, tuple):
+        return stated is not None and all(map(_same, stated, follows))
+    if follows is None or stated is None:
+        return stated is follows
+    return bool(np.isclose(stated, follows, rtol=0, atol=EXACTLY))

@@ -1,0 +1,82 @@
+"""Names from strangers. A spec may name a Python file, and to resolve it is to run that file.
+
+Specs that come from an entry or a recipe are resolved only if every part is a method of
+UnmergeBench's own distribution, or if the user named the same spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+from typing import Any
+
+from benchmark import methods
+from benchmark.contracts import Attack, Defense, Merger, Testbed
+from benchmark.errors import UsageError
+from benchmark.methods import Named
+from benchmark.registry import Registry
+from benchmark.specs import parse, split_composite
+
+_OWN = "unmergebench"
+
+
+class Untrusted(UsageError):
+    """A spec that is somebody's own code."""
+
+
+def builtin(registry: Registry[Any], spec: str) -> bool:
+    """Whether all parts of ``spec`` ship with UnmergeBench. Imports nothing."""
+    try:
+        names = [parse(part)[0] for part in split_composite(spec)]
+    except (UsageError, RecursionError, MemoryError):
+        return False
+    return set(names) <= _shipped(registry)
+
+
+@cache
+def _shipped(registry: Registry[Any]) -> frozenset[str]:
+    """Names from UnmergeBench's own distribution. Cached: each look at it parses its metadata."""
+    return frozenset(
+        name
+        for name, point in registry.entries.items()
+        if point.dist is None or point.dist.name == _OWN
+    )
+
+
+def defense(spec: str, trusted: Collection[str] = ()) -> Named[Defense]:
+    """The defense, if it ships with UnmergeBench or ``spec`` is among ``trusted``.
+
+    Raises:
+        Untrusted: it is neither.
+        UsageError: an unknown parameter, or a value out of range.
+    """
+    _admit(methods.DEFENSES, spec, trusted)
+    return methods.defense(spec)
+
+
+def attack(spec: str) -> Named[Attack]:
+    """An attack that ships with UnmergeBench. Raises as :func:`defense`."""
+    _admit(methods.ATTACKS, spec)
+    return methods.attack(spec)
+
+
+def merger(spec: str) -> Named[Merger]:
+    """A merger that ships with UnmergeBench. Raises as :func:`defense`."""
+    _admit(methods.MERGERS, spec)
+    return methods.merger(spec)
+
+
+def testbed(spec: str) -> Named[Testbed]:
+    """A testbed that ships with UnmergeBench. Raises as :func:`defense`."""
+    _admit(methods.TESTBEDS, spec)
+    return methods.testbed(spec)
+
+
+testbed.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks
+
+
+def _admit(registry: Registry[Any], spec: str, trusted: Collection[str] = ()) -> None:
+    if spec not in trusted and not builtin(registry, spec):
+        raise Untrusted(
+            f"{registry.singular} {spec[:200]!r} does not ship with UnmergeBench; it was not run"
+        )
