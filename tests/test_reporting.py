@@ -191,6 +191,14 @@ def test_a_defense_whose_file_is_gone_is_still_reported() -> None:
     assert [(r.defense, r.place) for r in board.rows] == [("gone_file.py:Mine", "1")]
 
 
+def test_a_file_that_a_run_names_is_not_executed(tmp_path: Path) -> None:
+    file, trace = tmp_path / "mine.py", tmp_path / "trace"
+    file.write_text(f"open({str(trace)!r}, 'w')\n", encoding="utf-8")
+    (row,) = rank([cell(f"{file}:Mine", protection=0.5)]).rows
+    assert row.role == "method"
+    assert not trace.exists()
+
+
 def test_the_leaderboard_survives_json() -> None:
     board = rank(suite(), cards)
     assert Leaderboard.model_validate_json(board.model_dump_json()) == board

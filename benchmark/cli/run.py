@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from benchmark.contracts import Card
     from benchmark.pipeline.run import Progress
     from benchmark.records import Cell
 
@@ -97,7 +98,8 @@ def run(
         raise Interrupted(
             f"interrupted; what was finished is in {out}, the same command resumes"
         ) from None
-    _report(out, cells, as_json)
+    own = {planned.defense.spec: planned.defense.method.card for planned in plan.cells}
+    _report(out, cells, as_json, own.__getitem__)
     if not as_json:
         print(f"\n{len(cells)} cells in {out} ({time.perf_counter() - start:.0f} s this time); "
               f"the page: {out / 'report.html'}")  # fmt: skip
@@ -122,12 +124,17 @@ def report(
     _report(folder, read_cells(folder), as_json)
 
 
-def _report(folder: Path, cells: list[Cell], as_json: bool) -> None:
+def _report(
+    folder: Path,
+    cells: list[Cell],
+    as_json: bool,
+    cards: Callable[[str], Card] | None = None,
+) -> None:
     from benchmark import reporting
     from benchmark.pipeline.run import read_run
     from benchmark.reporting import tables
 
-    board = reporting.write(folder, cells, read_run(folder))
+    board = reporting.write(folder, cells, read_run(folder), cards)
     if as_json:
         print(board.model_dump_json(indent=2))
     else:

@@ -39,10 +39,16 @@ _ORDER = {"ranked": 0, "below-gate": 1, "unranked": 2, "control": 3, "reference"
 
 
 def card_of(spec: str) -> Card:
-    """The card of a defense; that of an unknown method where its file is no longer there."""
+    """The card of a defense; that of an unknown method where it is not installed.
+
+    A spec that names a Python file is not opened: a run may be somebody else's, and opening it
+    would execute it. Whoever runs such a defense hands its card to :func:`rank`.
+    """
     from benchmark.contracts import Card
     from benchmark.methods import defense
 
+    if ".py:" in spec:
+        return Card(summary="a file of its own, not opened")
     try:
         return defense(spec).method.card
     except UsageError:
