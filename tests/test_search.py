@@ -88,6 +88,14 @@ def test_the_stated_bound_holds_as_often_as_it_says() -> None:
     assert 0 < np.mean(loose) < 0.5, "a bound that says something"
 
 
+def test_of_a_crowd_that_looks_alike_the_strong_go_on() -> None:
+    """40 models that all get the first 16 examples wrong; the last of them get the rest right."""
+    late = np.arange(128) >= 16
+    outcomes = {str(i): late & (i >= 36) for i in range(40)}
+    found, _, _ = run(outcomes, rungs=(8, 16, 32, 128))
+    assert int(found.ranked[0].name) >= 36
+
+
 def test_no_example_is_asked_for_twice() -> None:
     _, _, asked = run(table([0.9, 0.92, 0.5]))
     seen = [(name, row) for name, rows in asked for row in rows]

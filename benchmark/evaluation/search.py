@@ -76,16 +76,21 @@ def race(
 
     ``expert``: task → the expert's validation accuracy, by which outcomes are normalised.
     ``rungs``: increasing numbers of examples per task; the last is the whole split. Ties go to the
-    candidate that comes first in ``candidates``.
+    candidate that comes first in ``candidates``, which go from weak to strong; in a field of more
+    than ``FIELD`` to the one that comes last: near the base all are alike on a few examples, and
+    their order would keep the weak.
     """
     alive, seen, bound = list(candidates), 0, 0.0
     comparisons = max(1, len(candidates) * (len(rungs) - 1))
+    place = {id(racer): number for number, racer in enumerate(candidates)}
     sigmas = NormalDist().inv_cdf(1 - ERROR / comparisons)
     for position, rung in enumerate(rungs):
         for racer in alive:
             for task in expert:
                 racer.extend(task, correct(racer.name, task, range(seen, rung)))
         seen = rung
+        if sum(not racer.safe for racer in alive) > FIELD:
+            alive.sort(key=lambda racer: -place[id(racer)])
         alive.sort(key=lambda racer: -float(racer.outcomes(expert).mean()))
         if position < len(rungs) - 1:
             alive, lost = _survivors(alive, expert, sigmas)
