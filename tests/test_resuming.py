@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,14 @@ def stop(step, steps):
         os.kill(os.getpid(), 9)
 tuned("signs", "order", loss=noisy, progress=stop, resume=Path(sys.argv[1]))
 """
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -102,7 +110,7 @@ def test_a_killed_process_continues_to_the_same_bits(file: Path) -> None:
     assert digest(resumed) == digest(again(None)[0])
 
 
-def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path: Path) -> None:
+def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path: Path, ctrl_c: None) -> None:
     calls = []
 
     def loss(logits, state, labels, rng):
@@ -123,7 +131,7 @@ def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path: Path) -> None:
     assert digest(resumed) == digest(tuned(loss=noisy))
 
 
-def test_a_second_ctrl_c_does_not_wait_and_saves_no_half_step(file: Path) -> None:
+def test_a_second_ctrl_c_does_not_wait_and_saves_no_half_step(file: Path, ctrl_c: None) -> None:
     calls = []
 
     def loss(logits, state, labels, rng):
