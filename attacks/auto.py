@@ -27,12 +27,16 @@ def _recipe() -> dict[str, Any]:
 class Auto(Ensemble):
     """Every attack of ``attacks/auto.toml`` up to a tier; validation picks, test measures.
 
-    Screening: all candidates see the first validation rung at two of the merger's settings (the one
-    that is best for the undefended expert, and the victim at full strength with the least of the
-    partners). The first candidate and the best of the others then get the free-rider's whole
-    search, and the latter wins only if it is better on validation by more than a standard error: a
-    few examples would else prefer luck to the attack that is strongest by construction. In forward
-    passes that is about three times the search of one member alone.
+    The first candidate gets the free-rider's whole search. Where that already leaves no less than
+    an undefended merge (on all of validation), nothing is left to break and the ensemble stops;
+    like AutoAttack, it spends nothing on what is already lost. The cell then used no data.
+
+    Else all candidates are screened: they see the first validation rung at two of the merger's
+    settings (the one that is best for the undefended expert, and the victim at full strength with
+    the least of the partners). The best of the others gets the whole search too, and wins only if
+    it is better on validation by more than a standard error: a few examples would else prefer luck
+    to the attack that is strongest by construction. In forward passes that is about three times
+    the search of one member alone.
 
     Attributes:
         tier: what the attacker holds. Each tier tries all of the one below.

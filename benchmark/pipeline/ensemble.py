@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 class Screening:
     """What an ensemble did: finalists, winner, scores, failures, forward passes.
 
-    ``scores``: validation score by candidate over the first rung. ``shared``: passes of the
-    finalists in the screening, which their whole searches do not repeat. ``searches``: passes of
-    each finalist's search.
+    ``stopped``: its first candidate alone did, and the others were not looked at. ``scores``:
+    validation score by candidate over the first rung. ``shared``: passes of the finalists in the
+    screening, which their whole searches do not repeat. ``searches``: passes of each finalist's
+    search.
     """
 
     version: str
     finalists: list[str] = field(default_factory=list)
     winner: str = ""
+    stopped: bool = False
     scores: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     passes: int = 0
@@ -41,6 +43,7 @@ class Screening:
         return {
             "version": self.version,
             "winner": self.winner,
+            "stopped": self.stopped,
             "finalists": self.finalists,
             "scores": self.scores,
             "failed": self.failed,

@@ -76,9 +76,12 @@ class FreeRider:
     ) -> Outcome:
         """G0: the best without merging the victim, with the data and compute of the attack.
 
-        For an ensemble: the best over its attacks.
+        For an ensemble: the best over its attacks, or that of its first if no other was tried.
         """
         if isinstance(attack.method, Ensemble) and attack.method.access > Access.WEIGHTS:
+            first = methods.attack(attack.method.candidates[0])
+            if self._undone(defense, first, merger, group, seed):
+                return self.outside(defense, first, merger, group, seed)
             parts = [methods.attack(spec) for spec in attack.method.candidates]
             costly = [part for part in parts if part.method.access > Access.WEIGHTS]
             found = [self.outside(defense, part, merger, group, seed) for part in costly]
@@ -120,13 +123,44 @@ class FreeRider:
             return attack, {}
         key = (defense.spec, attack.spec, merger.spec, repr(group), str(seed))
         if key not in self._chosen:
-            none = methods.defense("none"), methods.attack("none")
-            merge = self.situation(*none, merger, group, seed).merge
-            favourite = merge.setting if merge else None
-            report = screen(self, defense, attack, merger, group, seed, favourite)
-            winner = self._final(report, defense, merger, group, seed)
+            first = methods.attack(attack.method.candidates[0])
+            if self._undone(defense, first, merger, group, seed):
+                report = Screening(attack.method.version, [first.spec], first.spec, stopped=True)
+                passes = self.situation(defense, first, merger, group, seed).search.passes
+                report.searches[first.spec] = passes
+                winner = first
+            else:
+                merge = self._undefended(merger, group, seed).merge
+                favourite = merge.setting if merge else None
+                report = screen(self, defense, attack, merger, group, seed, favourite)
+                winner = self._final(report, defense, merger, group, seed)
             self._chosen[key] = winner, report.to_dict()
         return self._chosen[key]
+
+    def _undefended(self, merger: Named[Merger], group: Group, seed: int) -> Outcome:
+        """What the free-rider would have had if nothing defended the victim."""
+        none = methods.defense("none"), methods.attack("none")
+        return self.situation(*none, merger, group, seed)
+
+    def _undone(
+        self,
+        defense: Named[Defense],
+        first: Named[Attack],
+        merger: Named[Merger],
+        group: Group,
+        seed: int,
+    ) -> bool:
+        """Whether ``first`` alone leaves, on all of validation, no less than an undefended merge.
+
+        Then there is no protection left for another attack to take. Like AutoAttack, which spends
+        nothing more on an example that is already misclassified, this is the benchmark's knowledge
+        and not the attacker's: it saves time and never picks among attacks.
+        """
+        try:
+            found = self.situation(defense, first, merger, group, seed)
+        except UnmergeBenchError:
+            return False  # the screening says so, and goes on without it
+        return found.score >= self._undefended(merger, group, seed).score
 
     def _final(
         self,
