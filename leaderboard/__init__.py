@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leaderboard.folder import load_entries
     from leaderboard.runs import combine, load_runs
 
-__all__ = ["combine", "load_entries", "load_runs"]
+__all__ = ["ENTRIES", "combine", "load_entries", "load_runs"]
+
+#: Where a repository keeps its entries.
+ENTRIES = Path("leaderboard/entries")
 
 _HOMES = {"combine": "runs", "load_runs": "runs", "load_entries": "folder"}
 

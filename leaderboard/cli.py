@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from leaderboard import ENTRIES
+
 app = typer.Typer(
     help="Rankings across runs, and the public page.", no_args_is_help=True, rich_markup_mode="rich"
 )
@@ -48,7 +50,7 @@ def show(
 def build(
     entries: Annotated[
         Path, typer.Option("--entries", metavar="DIR", help="The folder of entries.")
-    ] = Path("leaderboard/entries"),
+    ] = ENTRIES,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where the site goes; replaced whole.")
     ] = Path("site"),

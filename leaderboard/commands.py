@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from benchmark.cli.output import Json, console, print_json
+from leaderboard import ENTRIES
 
 Entries = Annotated[Path, typer.Option("--entries", metavar="DIR", help="The folder of entries.")]
 Credit = Annotated[str, typer.Option("--credit", help="Who is to be named for it.")]
@@ -16,7 +17,6 @@ Trust = Annotated[
     list[str] | None,
     typer.Option("--trust", metavar="SPEC", help="A defense whose own code may run; repeatable."),
 ]
-_FOLDER = Path("leaderboard/entries")
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +33,7 @@ def submit(
         typer.Option("--defense", metavar="SPEC", help="Only this one; repeatable."),
     ] = None,
     credit: Credit = "",
-    entries: Entries = _FOLDER,
+    entries: Entries = ENTRIES,
     as_json: Json = False,
 ) -> None:
     """Make leaderboard entries of a finished run of a suite that ships with UnmergeBench.

@@ -15,14 +15,11 @@ from pydantic import ValidationError
 
 from benchmark.errors import UnmergeBenchError
 from benchmark.paths import write_text
-from leaderboard import strict
+from leaderboard import ENTRIES, strict
 from leaderboard.entry import SCHEMA_VERSION, Certificate, Entry
 
 if TYPE_CHECKING:
     import pandas as pd
-
-#: Where a checkout of the project keeps them.
-ENTRIES = Path("leaderboard/entries")
 
 #: Schema version → what makes an entry of it one of the next version. There is one version so far.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}

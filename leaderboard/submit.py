@@ -128,7 +128,9 @@ def _entry(run: Run, suite: Suite, named: Named[Defense], credit: str) -> Entry:
     cells = [cell for cell in run.cells if cell.defense == named.spec]
     asked = asked_of(suite, named.spec)
     card = named.method.card
-    if failed := [f"{checks.words(c)}: {c.status}: {c.reason}" for c in cells if _failed(c)]:
+    if failed := [
+        f"{checks.words(c)}: {c.status}: {c.reason}" for c in cells if c.status == "error"
+    ]:
         raise Incomplete(run.folder, [f"{named.spec}: {reason}" for reason in failed])
     try:
         return Entry(
@@ -146,10 +148,6 @@ def _entry(run: Run, suite: Suite, named: Named[Defense], credit: str) -> Entry:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "its cells"
         raise Incomplete(run.folder, [f"{named.spec}: {where}: {first['msg']}"]) from None
-
-
-def _failed(cell: Cell) -> bool:
-    return cell.status == "error"
 
 
 def _subjects(run: Run, cells: Sequence[Cell]) -> Subjects:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_entries import small, suite
 
 from benchmark.pipeline import suite as suites
-from leaderboard import checks, folder
+from leaderboard import ENTRIES, checks, folder
 from leaderboard.entry import Entry
 from leaderboard.runs import board
 from leaderboard.strict import MAX_BYTES, Malformed, loads
@@ -85,7 +85,7 @@ def judge(data: bytes, tally: Tally) -> None:
         board(entry.cells, lambda spec: entry.defense.card)
     else:
         tally.sound += 1
-    assert ".." not in folder.path_of(folder.ENTRIES, entry).parts
+    assert ".." not in folder.path_of(ENTRIES, entry).parts
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:

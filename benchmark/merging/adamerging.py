@@ -11,7 +11,8 @@ from torch import Tensor
 
 from benchmark.checkpoint import State
 from benchmark.contracts import Access, Card, Knowledge
-from benchmark.merging.informed import Inputs, Learner, combined, moved
+from benchmark.merging.informed import Inputs, Learner, combined
+from benchmark.merging.streaming import moved
 
 
 @dataclass(frozen=True)

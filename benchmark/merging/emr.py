@@ -18,11 +18,12 @@ import torch
 from benchmark.checkpoint import PerTask, State, task_vector
 from benchmark.contracts import Card, Knowledge, Setting
 from benchmark.errors import MethodError
-from benchmark.merging.tau import PreparedMerger, active, in_or_out, wide
+from benchmark.merging.streaming import moved, wide
+from benchmark.merging.tau import UnweightedMerger, active, weighted_sum
 
 
 @dataclass(frozen=True)
-class EMR(PreparedMerger):
+class EMR(UnweightedMerger):
     """One elected task vector, and a mask and a scale per task."""
 
     card: ClassVar[Card] = Card(
@@ -34,9 +35,6 @@ class EMR(PreparedMerger):
         notes="a task without a member is served by θ0 + τ_uni, on which the paper is silent",
     )
     task_aware: ClassVar[bool] = True
-
-    def search_space(self, members: int) -> list[Setting]:
-        return in_or_out(members)
 
     def prepare(
         self,
@@ -53,8 +51,8 @@ class EMR(PreparedMerger):
         def merged(setting: Setting) -> State:
             used = [i for i, _ in active(setting, len(taus))]
             uni = elected([taus[i] for i in used])
-            common = _add(base, uni)
-            return PerTask(common, {tasks[i]: _add(base, own(taus[i], uni)) for i in used})
+            served = {tasks[i]: weighted_sum(base, [(1.0, own(taus[i], uni))]) for i in used}
+            return PerTask(weighted_sum(base, [(1.0, uni)]), served)
 
         return merged
 
@@ -62,7 +60,7 @@ class EMR(PreparedMerger):
 def elected(taus: Sequence[State]) -> State:
     """τ_uni of some task vectors (which leave out what did not move)."""
     uni: State = {}
-    for key in dict.fromkeys(key for tau in taus for key in tau):
+    for key in moved(taus):
         deltas = [wide(tau[key]) for tau in taus if key in tau]
         sign = torch.stack(deltas).sum(0).sign()
         agreeing = torch.stack([(delta * sign).clamp(min=0) for delta in deltas])
@@ -79,8 +77,3 @@ def own(tau: State, uni: State) -> State:
     left = sum(float(value.abs().sum(dtype=torch.float64)) for value in kept.values())
     scale = whole / left if left else 0.0
     return {key: scale * value for key, value in kept.items()}
-
-
-def _add(base: State, step: State) -> State:
-    moved = {key: (wide(base[key]) + delta).to(base[key].dtype) for key, delta in step.items()}
-    return {**base, **moved}

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from benchmark.checkpoint import State, norm, task_vector
 from benchmark.contracts import Access, Card, Knowledge, Setting
-from benchmark.merging.informed import informed, moved
-from benchmark.merging.tau import PreparedMerger, active, check_grid, searched, wide
+from benchmark.merging.informed import informed
+from benchmark.merging.streaming import moved, wide
+from benchmark.merging.tau import PreparedMerger, active, check_grid, searched
 
 
 @dataclass(frozen=True)

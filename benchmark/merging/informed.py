@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmark.checkpoint import State, task_vector
 from benchmark.contracts import Knowledge, Setting
 from benchmark.errors import MethodError
-from benchmark.merging.tau import PreparedMerger, active, in_or_out, wide
+from benchmark.merging.streaming import moved, wide
+from benchmark.merging.tau import UnweightedMerger, active
 
 #: Input name → (n, ...).
 Inputs = Mapping[str, Tensor]
@@ -48,20 +49,12 @@ def combined(base: Tensor, deltas: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return total.to(base.dtype)
 
 
-def moved(taus: Sequence[Mapping[str, Tensor]]) -> list[str]:
-    """The tensors that at least one τ holds, in the order met."""
-    return list(dict.fromkeys(key for tau in taus for key in tau))
-
-
-class Learner(PreparedMerger, Generic[Held]):
+class Learner(UnweightedMerger, Generic[Held]):
     """A merger that finds its coefficients by itself, from data drawn once.
 
     The free-rider chooses only who takes part: a coefficient of 0 leaves a member out, and any
     other means the same as 1. What is learned is kept for each choice of members.
     """
-
-    def search_space(self, members: int) -> list[Setting]:
-        return in_or_out(members)
 
     def prepare(
         self,

@@ -11,11 +11,11 @@ import torch
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Knowledge, Setting
 from benchmark.merging.streaming import differences
-from benchmark.merging.tau import GridMerger, PreparedMerger, active, in_or_out, weighted_sum
+from benchmark.merging.tau import GridMerger, UnweightedMerger, active, weighted_sum
 
 
 @dataclass(frozen=True)
-class Average(PreparedMerger):
+class Average(UnweightedMerger):
     """θ0 + 1/m · Σ τ_i over the m members whose coefficient is not 0: the mean of their weights."""
 
     card: ClassVar[Card] = Card(
@@ -26,9 +26,6 @@ class Average(PreparedMerger):
         arxiv="2203.05482",
         fidelity="faithful",
     )
-
-    def search_space(self, members: int) -> list[Setting]:
-        return in_or_out(members)
 
     def prepare(
         self,

@@ -106,7 +106,8 @@ class MergeKit(GridMerger, FolderMerger):
         if "weight" in known:
             found = super().search_space(members)
             if self.fixed is None and self.per != "layer" and self._normalizes(spec):
-                found = self._ratios(found, "lambda" in known and self.scale is None)
+                free = "lambda" in known and self.scale is None
+                found = self.ratios(found, members, "lambda" if free else None)
         else:
             found = in_or_out(members)
 
@@ -120,16 +121,6 @@ class MergeKit(GridMerger, FolderMerger):
         if self.normalize is not None:
             return self.normalize
         return bool(default.get("normalize", default.get("normalize_weights", True)))
-
-    def _ratios(self, settings: Sequence[Setting], scaled: bool) -> list[Setting]:
-        ratios: dict[tuple[float, ...], None] = {}
-        for setting in settings:
-            greatest = max(setting.coefficients, key=abs)
-            ratios[tuple(round(c / greatest, 6) for c in setting.coefficients)] = None
-        if not scaled:
-            return [Setting(ratio) for ratio in ratios]
-        scales = [c for c in (self.grid if len(next(iter(ratios))) <= 2 else self.shared) if c]
-        return [Setting(ratio, {"lambda": scale}) for ratio in ratios for scale in scales]
 
     def prepare(
         self,

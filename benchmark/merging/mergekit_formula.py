@@ -18,7 +18,7 @@ from benchmark.merging.linear import TaskArithmetic
 from benchmark.merging.mergekit_cli import Request
 from benchmark.merging.model_stock import ModelStock
 from benchmark.merging.slerp import Slerp
-from benchmark.merging.tau import wide
+from benchmark.merging.streaming import wide
 from benchmark.merging.ties import Ties
 
 #: Error allowed on an entry, relative to the tensor's largest.

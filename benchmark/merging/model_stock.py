@@ -17,14 +17,15 @@ import torch
 from benchmark.checkpoint import State, task_vector
 from benchmark.contracts import Card, Knowledge, Setting
 from benchmark.errors import MethodError
-from benchmark.merging.tau import PreparedMerger, active, in_or_out, wide
+from benchmark.merging.streaming import moved, wide
+from benchmark.merging.tau import UnweightedMerger, active
 
 #: Where 1 + (N − 1)·cos θ is smaller there is no finite t: the base stays (as in mergekit).
 _SINGULAR = 1e-6
 
 
 @dataclass(frozen=True)
-class ModelStock(PreparedMerger):
+class ModelStock(UnweightedMerger):
     """No coefficient to tune: members are in or out."""
 
     card: ClassVar[Card] = Card(
@@ -34,9 +35,6 @@ class ModelStock(PreparedMerger):
         arxiv="2403.19522",
         fidelity="faithful",
     )
-
-    def search_space(self, members: int) -> list[Setting]:
-        return in_or_out(members)
 
     def prepare(
         self,
@@ -52,7 +50,7 @@ class ModelStock(PreparedMerger):
             if len(chosen) < 2:
                 raise MethodError("model-stock needs at least two models")
             out = dict(base)
-            for key in dict.fromkeys(key for tau in chosen for key in tau):
+            for key in moved(chosen):
                 zero = torch.zeros_like(base[key])
                 deltas = torch.stack([wide(tau.get(key, zero)).reshape(-1) for tau in chosen])
                 step = _ratio(deltas) * deltas.mean(0)

@@ -14,7 +14,8 @@ from benchmark.anatomy import Anatomy
 from benchmark.checkpoint import State
 from benchmark.contracts import Access, Card, Knowledge
 from benchmark.errors import MethodError
-from benchmark.merging.informed import Inputs, Learner, combined, moved
+from benchmark.merging.informed import Inputs, Learner, combined
+from benchmark.merging.streaming import moved
 
 
 @dataclass(frozen=True)

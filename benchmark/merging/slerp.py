@@ -21,7 +21,8 @@ from torch import Tensor
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Knowledge, Setting
 from benchmark.errors import MethodError
-from benchmark.merging.tau import PreparedMerger, active, check_grid, wide
+from benchmark.merging.streaming import wide
+from benchmark.merging.tau import PreparedMerger, active, check_grid
 
 _COLINEAR = 0.9995
 

@@ -25,11 +25,12 @@ from benchmark.anatomy import Anatomy, AttentionBlock, Linear, MLPBlock, taps
 from benchmark.checkpoint import ForeignState, State
 from benchmark.contracts import Card, Knowledge, Setting
 from benchmark.errors import MethodError
-from benchmark.merging.tau import PreparedMerger, active, in_or_out, wide
+from benchmark.merging.streaming import wide
+from benchmark.merging.tau import UnweightedMerger, active
 
 
 @dataclass(frozen=True)
-class SMILE(PreparedMerger):
+class SMILE(UnweightedMerger):
     """A sparse mixture of low-rank experts.
 
     Attributes:
@@ -57,9 +58,6 @@ class SMILE(PreparedMerger):
     def __post_init__(self) -> None:
         if min(self.rank, self.gate_rank) < 1:
             raise ValueError("rank and gate_rank must be at least 1")
-
-    def search_space(self, members: int) -> list[Setting]:
-        return in_or_out(members)
 
     def prepare(
         self,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmark.checkpoint import State, task_vector
 from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.merging.tau import GridMerger, active, searched, wide
+from benchmark.merging.streaming import moved, wide
+from benchmark.merging.tau import GridMerger, active, searched
 
 #: These mergers scale the sum of all members by one number: a shared λ around 1.
 _SHARED = (0.3, 0.5, 0.7, 1.0, 1.3)
@@ -55,7 +56,7 @@ class _Spectral(GridMerger, Generic[Parts]):
         def merged(setting: Setting) -> State:
             members = active(setting, len(taus))
             out = dict(base)
-            for key in dict.fromkeys(key for i, _ in members for key in taus[i]):
+            for key in moved(taus[i] for i, _ in members):
                 present = [(i, c) for i, c in members if key in taus[i]]
                 if base[key].ndim < 2:
                     vectors = [wide(taus[i][key]) for i, _ in present]

@@ -7,7 +7,7 @@ stay in a core's cache; on a GPU, where a launch costs more than a pass, a piece
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,6 +84,11 @@ def differences(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dic
     return {key: delta for key, delta in found.items() if delta.moved()}
 
 
+def moved(taus: Iterable[Mapping[str, object]]) -> list[str]:
+    """The tensors that at least one τ holds, in the order met."""
+    return list(dict.fromkeys(key for tau in taus for key in tau))
+
+
 def streamed(base: State, members: Sequence[tuple[float, Tau]], combine: Combine) -> State:
     """The merged State of (coefficient, τ) pairs, by ``combine``, each tensor a piece at a time.
 
@@ -91,7 +96,7 @@ def streamed(base: State, members: Sequence[tuple[float, Tau]], combine: Combine
     tensor. Tensors that no member moved are shared with ``base``.
     """
     out = dict(base)
-    for key in dict.fromkeys(key for _, tau in members for key in tau):
+    for key in moved(tau for _, tau in members):
         present = [(c, _flat(tau[key])) for c, tau in members if key in tau]
         start = base[key].reshape(-1)
         merged = torch.empty_like(start)

@@ -16,17 +16,7 @@ from benchmark.checkpoint import State
 from benchmark.contracts import Knowledge, Merger, Setting
 from benchmark.errors import MethodError
 from benchmark.merging.layers import by_layer
-from benchmark.merging.streaming import Tau, streamed, wide
-
-__all__ = [
-    "GridMerger",
-    "PreparedMerger",
-    "active",
-    "check_grid",
-    "searched",
-    "weighted_sum",
-    "wide",
-]
+from benchmark.merging.streaming import Tau, streamed
 
 #: Coefficients of a two-way merge, each member on its own; 0 leaves the member out.
 GRID = (0.0, 0.5, 1.0)
@@ -56,6 +46,13 @@ class PreparedMerger(Merger):
         rng: torch.Generator,
     ) -> Callable[[Setting], State]:
         """As in :class:`benchmark.contracts.Merger`."""
+
+
+class UnweightedMerger(PreparedMerger):
+    """A merger without coefficients: a member is in or out."""
+
+    def search_space(self, members: int) -> list[Setting]:
+        return in_or_out(members)
 
 
 def searched(default: Any) -> Any:
@@ -106,6 +103,20 @@ class GridMerger(PreparedMerger):
                 found += [(1.0, *(c,) * (members - 1)) for c in self.shared]
         plain = [Setting(c) for c in dict.fromkeys(found) if any(c)]
         return [*plain, *self._layered(found)] if self._by_layer else plain
+
+    def ratios(self, settings: Sequence[Setting], members: int, scale: str | None) -> list[Setting]:
+        """``settings`` up to a common factor, for a formula that divides it out.
+
+        ``scale``: the parameter that sets the factor, tried at each value of a coefficient.
+        """
+        found: dict[tuple[float, ...], None] = {}
+        for setting in settings:
+            greatest = max(setting.coefficients, key=abs)
+            found[tuple(round(c / greatest, 6) for c in setting.coefficients)] = None
+        if scale is None:
+            return [Setting(ratio) for ratio in found]
+        values = [value for value in (self.grid if members <= 2 else self.shared) if value]
+        return [Setting(ratio, {scale: value}) for ratio in found for value in values]
 
     @property
     def _by_layer(self) -> bool:

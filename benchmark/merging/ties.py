@@ -69,14 +69,7 @@ class Ties(GridMerger):
     def search_space(self, members: int) -> list[Setting]:
         """As for every merger of its kind; with ``normalize`` only ratios matter, and ``scale``."""
         settings = super().search_space(members)
-        if not self.normalize:
-            return settings
-        ratios: dict[tuple[float, ...], None] = {}
-        for setting in settings:
-            greatest = max(setting.coefficients, key=abs)
-            ratios[tuple(round(c / greatest, 6) for c in setting.coefficients)] = None
-        scales = [value for value in (self.grid if members <= 2 else self.shared) if value]
-        return [Setting(ratio, {"scale": scale}) for ratio in ratios for scale in scales]
+        return self.ratios(settings, members, "scale") if self.normalize else settings
 
     def prepare(
         self,
