@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy import AttentionBlock, permute_units
-from benchmark.anatomy.alignment import match_units
+from benchmark.anatomy import AttentionBlock
+from benchmark.anatomy.alignment import align_units
 from benchmark.checkpoint import State
 from benchmark.contracts import Access, Attack, Card, Knowledge
 
@@ -45,8 +45,7 @@ class AnchorGuidedAttack(Attack):
         base, state = knowledge.base, dict(released)
         for block in knowledge.anatomy.attention:
             self._attention(state, block, base)
-        for mlp in knowledge.anatomy.mlp:
-            permute_units(state, mlp, match_units(mlp, state, base, "cosine"))
+        align_units(state, base, knowledge.anatomy, "cosine")
         return state
 
     def _attention(self, state: State, block: AttentionBlock, base: State) -> None:

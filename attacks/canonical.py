@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy import AttentionBlock, apply_qk, apply_vo, permute_heads, permute_units
-from benchmark.anatomy.alignment import head_sides, match_heads, match_units, qk_gauge
+from benchmark.anatomy import AttentionBlock, apply_qk, apply_vo, permute_heads
+from benchmark.anatomy.alignment import align_units, head_sides, match_heads, qk_gauge
 from benchmark.checkpoint import State
 from benchmark.contracts import Access, Attack, Card, Knowledge, Members
 from benchmark.errors import MethodError
@@ -57,9 +57,8 @@ class Canonical(Attack):
                 for state in everyone[:-1]:
                     apply_qk(state, block, qk_gauge(block, state, reference))
             _canonicalise(everyone, block, "vo", apply_vo)
-        for mlp in knowledge.anatomy.mlp:
-            for state in everyone[:-1]:
-                permute_units(state, mlp, match_units(mlp, state, reference))
+        for state in everyone[:-1]:
+            align_units(state, reference, knowledge.anatomy)
         base, victim, *partners = everyone
         return Members(base, victim, tuple(partners))
 

@@ -23,8 +23,8 @@ class GaugeAlign(Attack):
 
     biases of q and v included. The key bias is set to the base's: it adds one number to all logits
     of a query, which softmax ignores. (Under rotary embeddings or QK-norm it stays, and A is one
-    complex number or one sign per pair.) Per MLP block: match the units. A head that would come no
-    nearer to the base stays as it is.
+    complex number or one sign per pair.) Hidden units and channels are matched, and scaled where a
+    factor is free (gated MLPs, ReLU). A head that would come no nearer to the base stays as it is.
     """
 
     card: ClassVar[Card] = Card(

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from benchmark.anatomy import Anatomy, AttentionBlock
 from benchmark.anatomy.alignment import (
+    align_units,
     head_sides,
     match_heads,
-    match_units,
     qk_gauge,
     write_sides,
 )
-from benchmark.anatomy.gauge import apply_qk, permute_heads, permute_units
+from benchmark.anatomy.gauge import apply_qk, permute_heads
 from benchmark.checkpoint import State
 from benchmark.contracts import Access, Attack, Card, Knowledge, Merger
 from benchmark.merging.wrapped import WrappedMerger
@@ -50,8 +50,7 @@ class ProductSpace(Attack):
             permute_heads(state, block, match_heads(block, state, base))
             if block.qk_gauge != "general":
                 apply_qk(state, block, qk_gauge(block, state, base))
-        for mlp in knowledge.anatomy.mlp:
-            permute_units(state, mlp, match_units(mlp, state, base))
+        align_units(state, base, knowledge.anatomy)
         return state
 
     def merging(self, merger: Merger, anatomy: Anatomy) -> Merger:

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from benchmark.anatomy import permute_heads, permute_units
-from benchmark.anatomy.alignment import match_heads, match_units
+from benchmark.anatomy import permute_heads
+from benchmark.anatomy.alignment import align_units, match_heads
 from benchmark.checkpoint import State
 from benchmark.contracts import Access, Attack, Card, Knowledge
 from benchmark.errors import UsageError
@@ -20,19 +20,20 @@ class WeightMatching(Attack):
 
     C[i, j] compares unit i of the anchor with unit j of the released model: the inner product of
     all their weights (``cost=inner``) or the cosine of their rows of W1 (``cost=cosine``). Heads
-    are matched by the cosines of WqᵀWk and Wo·Wv, which no gauge changes. Only renames: the
-    function stays exactly the same.
+    are matched by the cosines of WqᵀWk and Wo·Wv, which no gauge changes. Channels of convolutional
+    networks are matched together, one group after the other until nothing moves
+    (:mod:`benchmark.anatomy.coupled`). Only renames: the function stays exactly the same.
     """
 
     card: ClassVar[Card] = Card(
-        summary="match hidden units and heads to an anchor by linear assignment",
+        summary="match hidden units, channels and heads to an anchor by linear assignment",
         paper="Git Re-Basin: Merging Models modulo Permutation Symmetries",
         authors="Ainsworth, Hayase, Srinivasa",
         arxiv="2209.04836",
         fidelity="faithful",
         exact=True,
         notes="the residual stream is shared with the base, so each block is matched on its own; "
-        "the matching of heads is ours",
+        "the matching of heads is ours, and so is the second start where channels are coupled",
     )
     access: ClassVar[Access] = Access.WEIGHTS
 
@@ -48,6 +49,5 @@ class WeightMatching(Attack):
         if self.heads:
             for attention in knowledge.anatomy.attention:
                 permute_heads(state, attention, match_heads(attention, state, anchor))
-        for mlp in knowledge.anatomy.mlp:
-            permute_units(state, mlp, match_units(mlp, state, anchor, self.cost))
+        align_units(state, anchor, knowledge.anatomy, self.cost)
         return state

@@ -54,6 +54,15 @@ def forward_of(state: State, features: Forward) -> Forward:
     return state.forward if isinstance(state, ForeignState) else features
 
 
+def statistic(key: str) -> bool:
+    """Whether the tensor is a running statistic of a batch norm.
+
+    It is floating-point like a weight, and is merged like one; but no gradient reaches it, so the
+    fine-tuning loop leaves it as it was (batch norms run in evaluation mode throughout).
+    """
+    return key.endswith((".running_mean", ".running_var"))
+
+
 def compatible(state: Mapping[str, Tensor], base: Mapping[str, Tensor], what: str) -> None:
     """Check that ``state`` can stand in for ``base``.
 
@@ -98,11 +107,16 @@ def merged_well(merged: State, base: Mapping[str, Tensor], what: str) -> None:
 
 
 def finite(state: Mapping[str, Tensor], what: str) -> None:
-    """Raise CheckpointError if a floating-point tensor of ``state`` holds NaN or infinity."""
+    """Raise CheckpointError if a floating-point tensor of ``state`` holds NaN or infinity, or a
+    running variance is negative."""
     for key, value in state.items():
         # A sum is finite only if every entry is (or it overflows, which float64 rules out here).
         if value.is_floating_point() and not torch.isfinite(value.sum(dtype=torch.float64)):
             raise CheckpointError(f"{what}: tensor {key!r} holds NaN or infinity")
+        if key.endswith(".running_var") and bool((value < 0).any()):
+            raise CheckpointError(
+                f"{what}: tensor {key!r} holds a negative variance, of which a batch norm makes NaN"
+            )
 
 
 def ordered(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -165,6 +166,89 @@ def _decoder(name: str, **fields: object) -> nn.Module:
     return model(config(**_DECODER, **fields))  # type: ignore[no-any-return]
 
 
+def _convnext(v2: bool = False, bare: bool = False) -> nn.Module:
+    import transformers
+
+    name = "ConvNextV2" if v2 else "ConvNext"
+    config = getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{name}{'Model' if bare else 'ForImageClassification'}")
+    return model(config(hidden_sizes=[8, 16], depths=[2, 1], num_stages=2, num_labels=5))  # type: ignore[no-any-return]
+
+
+def _resnet(layer: str = "basic", bare: bool = False) -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
+
+    config = ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 32] if layer == "basic" else [32, 64],
+        depths=[2, 2],
+        layer_type=layer,
+        num_labels=5,
+    )
+    return ResNetModel(config) if bare else ResNetForImageClassification(config)
+
+
+def _timm_resnet(deep: bool = False) -> nn.Module:
+    from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    if deep:
+        stem: Any = {"stem_type": "deep", "stem_width": 8, "avg_down": True}
+        return ResNet(Bottleneck, (1, 1, 2, 1), channels=(4, 4, 8, 8), num_classes=5, **stem)
+    return ResNet(BasicBlock, (2, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5)
+
+
+def _timm_convnext(**fields: Any) -> nn.Module:
+    from timm.models.convnext import ConvNeXt
+
+    return ConvNeXt(depths=(1, 1, 1, 2), dims=(8, 8, 16, 16), num_classes=5, **fields)
+
+
+_CLIP_TEXT = {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": 16, "heads": 2}
+
+
+def _open_clip_resnet() -> nn.Module:
+    from open_clip.model import CLIP
+
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": _CONV_SIZE}
+    return CLIP(embed_dim=16, vision_cfg=vision, text_cfg={**_CLIP_TEXT, "layers": 1})
+
+
+def _open_clip_convnext() -> nn.Module:
+    from open_clip.model import CLIP
+
+    model = CLIP(  # its own trunk is far too wide for a test
+        embed_dim=16,
+        vision_cfg={"timm_model_name": "convnext_atto", "image_size": _CONV_SIZE},
+        text_cfg={**_CLIP_TEXT, "layers": 1},
+    )
+    trunk = _timm_convnext()
+    trunk.reset_classifier(0)  # type: ignore[operator]
+    model.visual.trunk = trunk
+    model.visual.head.proj = nn.Linear(16, 16, bias=False)
+    return model
+
+
+_CONV_SIZE = 32
+_CONVOLUTIONAL: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "convnext": (_convnext, ("pixel_values",)),
+    "convnext-bare": (functools.partial(_convnext, bare=True), ("pixel_values",)),
+    "convnextv2": (functools.partial(_convnext, v2=True), ("pixel_values",)),
+    "resnet": (_resnet, ("pixel_values",)),
+    "resnet-bare": (functools.partial(_resnet, bare=True), ("pixel_values",)),
+    "resnet-bottleneck": (functools.partial(_resnet, "bottleneck"), ("pixel_values",)),
+    "timm-convnext": (_timm_convnext, ("x",)),
+    "timm-convnextv2": (
+        functools.partial(_timm_convnext, use_grn=True, ls_init_value=None, conv_mlp=True),
+        ("x",),
+    ),
+    "timm-resnet": (_timm_resnet, ("x",)),
+    "timm-resnet-deep": (functools.partial(_timm_resnet, True), ("x",)),
+    "open-clip-resnet": (_open_clip_resnet, ("image", "text")),
+    "open-clip-convnext": (_open_clip_convnext, ("image", "text")),
+}
+#: Models with channels, most of them without attention.
+CONVOLUTIONAL: tuple[str, ...] = tuple(_CONVOLUTIONAL)
+
 _HEAD_DIM = {"head_dim": WIDTH // HEADS}
 _TOKENS = ("input_ids", "attention_mask")
 _MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
@@ -201,11 +285,11 @@ RESTRICTED = {
 GROUPED = tuple(RESTRICTED)
 
 
-def _examples(rng: torch.Generator) -> dict[str, Tensor]:
+def _examples(rng: torch.Generator, size: int) -> dict[str, Tensor]:
     tokens = torch.randint(4, VOCABULARY, (BATCH, LENGTH), generator=rng)
     tokens[:, -1] = 1  # CLIP pools at the end-of-text token
     mask = torch.ones_like(tokens)
-    images = torch.randn(BATCH, 3, _IMAGE["image_size"], _IMAGE["image_size"], generator=rng)
+    images = torch.randn(BATCH, 3, size, size, generator=rng)
     text = tokens.clone()
     text[:, -1] = VOCABULARY - 1  # open_clip pools at the largest token
     return {
@@ -214,6 +298,7 @@ def _examples(rng: torch.Generator) -> dict[str, Tensor]:
         "decoder_input_ids": tokens.flip(1),
         "pixel_values": images,
         "image": images,
+        "x": images,
         "text": text,
     }
 
@@ -221,16 +306,26 @@ def _examples(rng: torch.Generator) -> dict[str, Tensor]:
 @functools.cache
 def tiny(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model ``name`` in evaluation mode and inputs for it. Shared between tests: never edit."""
-    build, wanted = _MODELS[name]
+    build, wanted = {**_MODELS, **_CONVOLUTIONAL}[name]
     model = build().eval().requires_grad_(False)
-    rng = torch.Generator().manual_seed(NAMES.index(name))
+    rng = torch.Generator().manual_seed((NAMES + CONVOLUTIONAL).index(name))
     for key, value in model.named_parameters():
         if value.ndim == 0:  # CLIP's logit scale
             continue
         noise = torch.randn(value.shape, generator=rng)
         gain = any(part in key.lower() for part in ("norm", "ln_", "lambda1")) and "weight" in key
+        if name in _CONVOLUTIONAL and value.ndim == 1 and key.endswith(("weight", "gamma")):
+            gain = True  # of a norm that is called bn1, downsample.1 or stem.1
         value.copy_(1 + 0.1 * noise if gain or "lambda1" in key else 0.2 * noise)
-    examples = _examples(rng)
+    for key, value in model.named_buffers():
+        noise = torch.randn(value.shape, generator=rng)
+        if key.endswith("running_mean"):
+            value.copy_(0.5 * noise)
+        elif key.endswith("running_var"):
+            value.copy_(0.5 + torch.rand(value.shape, generator=rng))
+        elif key.endswith("num_batches_tracked"):
+            value.fill_(7)
+    examples = _examples(rng, _CONV_SIZE if name in _CONVOLUTIONAL else _IMAGE["image_size"])
     return model, {key: examples[key] for key in wanted}
 
 
@@ -255,6 +350,7 @@ def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Mapping[str, 
             model, dict(state), kwargs=dict(inputs), tie_weights=False
         )
     values = result.values() if isinstance(result, Mapping) else result
+    values = [values] if isinstance(values, Tensor) else values
     return torch.cat(
         [v.reshape(BATCH, -1) for v in values if isinstance(v, Tensor) and v.numel() >= BATCH],
         dim=1,

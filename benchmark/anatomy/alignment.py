@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.blocks import Anatomy, AttentionBlock, MLPBlock
+from benchmark.anatomy.blocks import Anatomy, AttentionBlock, Channels, MLPBlock
 from benchmark.anatomy.gauge import (
     apply_qk,
     apply_vo,
@@ -34,8 +34,8 @@ _RIDGE = 1e-14
 def align(state: Mapping[str, Tensor], anchor: Mapping[str, Tensor], anatomy: Anatomy) -> State:
     """The point nearest to ``anchor`` among the States that compute what ``state`` does.
 
-    Heads are matched, then their gauges estimated, then hidden units matched; a free key bias is
-    the anchor's. Tensors outside the blocks are shared with ``state``.
+    Heads are matched, then their gauges estimated, then hidden units and channels matched; a free
+    key bias is the anchor's. Tensors outside the blocks are shared with ``state``.
     """
     out = dict(state)
     for block in anatomy.attention:
@@ -44,15 +44,41 @@ def align(state: Mapping[str, Tensor], anchor: Mapping[str, Tensor], anatomy: An
         apply_vo(out, block, vo_gauge(block, out, anchor))
         if block.k.bias is not None and block.free_key_bias:
             block.k.bias.write(out, block.k.bias.read(anchor))
-    for mlp in anatomy.mlp:
-        permute_units(out, mlp, match_units(mlp, out, anchor))
-        if mlp.unit_scale is not None:
-            scale_units(out, mlp, unit_scales(mlp, out, anchor))
+    align_units(out, anchor, anatomy)
+    for units in anatomy.units:
+        if units.unit_scale is not None:
+            scale_units(out, units, unit_scales(units, out, anchor))
     return out
 
 
+def align_units(
+    state: State, anchor: Mapping[str, Tensor], anatomy: Anatomy, cost: Cost = "inner"
+) -> None:
+    """Rename all hidden units and channels to the anchor's; edits ``state``, a shallow copy."""
+    for units, order in zip(anatomy.units, match_all(anatomy, state, anchor, cost), strict=True):
+        permute_units(state, units, order)
+
+
+def match_all(
+    anatomy: Anatomy,
+    state: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
+    cost: Cost = "inner",
+) -> list[Tensor]:
+    """The permutation for ``permute_units`` of each of ``anatomy.units``.
+
+    Hidden units of a transformer share no tensor, so :func:`match_units` answers for each. Channels
+    of convolutions do: see :mod:`benchmark.anatomy.coupled`.
+    """
+    if anatomy.channels:
+        from benchmark.anatomy.coupled import match_coupled
+
+        return match_coupled(anatomy.units, state, anchor, cost)
+    return [match_units(mlp, state, anchor, cost) for mlp in anatomy.mlp]
+
+
 def match_units(
-    block: MLPBlock,
+    block: MLPBlock | Channels,
     state: Mapping[str, Tensor],
     anchor: Mapping[str, Tensor],
     cost: Cost = "inner",
@@ -70,9 +96,13 @@ def match_units(
         # float32 halves the time of the product below, and a matching needs no more digits.
         if cost == "inner":
             return block.read_units(source, torch.float32)
-        return torch.nn.functional.normalize(block.up.weight.read(source).float(), dim=1)
+        return torch.nn.functional.normalize(block.read_rows(source).float(), dim=1)
 
-    own, reference = units(state), units(anchor)
+    return nearest(units(state), units(anchor))
+
+
+def nearest(own: Tensor, reference: Tensor) -> Tensor:
+    """π with Σ_i ⟨reference[i], own[π(i)]⟩ greatest, for rows (n, features) of float32."""
     similarity = reference @ own.T
     # A constant per column changes no assignment's rank, and turns the greatest entry of a row from
     # the longest neighbour into the nearest one, which is mostly the answer already (assign).
@@ -232,20 +262,18 @@ def rotary_gauge(first: Tensor, first0: Tensor, second: Tensor, second0: Tensor)
 
 
 def unit_scales(
-    block: MLPBlock, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+    block: MLPBlock | Channels, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
 ) -> Tensor:
-    """The c for ``scale_units`` that brings up and down nearest to the anchor's: (n,) float64.
+    """The c for ``scale_units`` that brings the units nearest to the anchor's: (n,) float64.
 
     As :func:`rotary_gauge` with real factors, of the signs ``block.unit_scale`` allows.
     """
 
-    def sides(source: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        up = [
-            slot.read(source).double().reshape(block.width(source), -1) for slot in block.up.slots()
-        ]
-        return torch.cat(up, 1), block.down.weight.read(source).double().T
+    def side(source: Mapping[str, Tensor], power: int) -> Tensor:
+        scaled = [axis.read(source).double() for axis in block.axes if axis.power == power]
+        return torch.cat([value.reshape(len(value), -1) for value in scaled], 1)
 
-    (x, y), (x0, y0) = sides(state), sides(anchor)
+    (x, y), (x0, y0) = ((side(source, 1), side(source, -1)) for source in (state, anchor))
     on_x, on_y = (x * x0).sum(1), (y * y0).sum(1)
     if block.unit_scale == "positive":
         # A unit that points away from its anchor is better left alone than turned.

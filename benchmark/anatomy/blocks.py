@@ -1,4 +1,4 @@
-"""Attention and MLP blocks as references into a State.
+"""Attention blocks, MLP blocks and convolutional channels as references into a State.
 
 A method is written once, against blocks. What differs between architectures (fused QKV, transposed
 Conv1D weights, missing biases, grouped heads) is hidden in :class:`Slot` and :class:`Linear`.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmark.checkpoint import State
+from benchmark.errors import MethodError
 
 Gauge = Literal["general", "rotary", "sign"]
 _FREEDOM: tuple[Gauge, ...] = ("sign", "rotary", "general")
@@ -29,7 +30,8 @@ class Slot:
     transposed: bool = False
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The slot as a view: (out, in) for a weight, (out,) for a bias."""
+        """The slot as a view: (out, in) for a weight, (out, in, kh, kw) for that of a convolution,
+        (out,) for a bias."""
         value = state[self.key]
         value = value.T if self.transposed else value
         return value if self.rows is None else value[slice(*self.rows)]
@@ -57,6 +59,60 @@ class Linear:
         yield self.weight
         if self.bias is not None:
             yield self.bias
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a slot, along which the units of a block lie.
+
+    ``power``: 1 where entries are multiplied by c when the units are scaled by c, -1 where they are
+    divided, 0 where they stay.
+    """
+
+    slot: Slot
+    dim: int
+    power: int = 0
+
+    def read(self, state: Mapping[str, Tensor]) -> Tensor:
+        """What belongs to each unit: a view (n, ...)."""
+        return self.slot.read(state).movedim(self.dim, 0)
+
+    def write(self, state: State, value: Tensor) -> None:
+        """The inverse of :meth:`read`."""
+        self.slot.write(state, value.movedim(0, self.dim))
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Units that trade places together: one permutation along every axis keeps the function.
+
+    The channels of a stage's residual stream, or those between two convolutions of a block; as one
+    entry of Git Re-Basin's permutation spec (Ainsworth et al. 2023, arXiv 2209.04836). ``relu``:
+    what the units enter is linear in them up to a ReLU, so that a positive factor is free too.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    relu: bool = False
+
+    @property
+    def unit_scale(self) -> Literal["positive"] | None:
+        """Which factors per unit keep the function."""
+        return "positive" if self.relu else None
+
+    def width(self, state: Mapping[str, Tensor]) -> int:
+        """Number of units n."""
+        return len(self.axes[0].read(state))
+
+    def read_units(self, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+        """All parameters of each unit side by side: (n, features)."""
+        parts = (axis.read(state).to(dtype) for axis in self.axes)
+        return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
+
+    def read_rows(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The weights that make each unit, without biases and norms: (n, features)."""
+        made = [axis for axis in self.axes if axis.dim == 0 and axis.slot.read(state).ndim > 1]
+        return torch.cat([axis.read(state).flatten(1) for axis in made], dim=1)
 
 
 @dataclass(frozen=True)
@@ -166,9 +222,20 @@ class MLPBlock:
         parts.append(self.down.weight.read(state).T)
         return torch.cat([part.to(dtype) for part in parts], dim=1)
 
+    def read_rows(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The rows of W1: (n, d)."""
+        return self.up.weight.read(state)
+
     def width(self, state: Mapping[str, Tensor]) -> int:
         """Number of hidden units n."""
         return len(self.up.weight.read(state))
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Where the hidden units lie: rows of up and gate, columns of down."""
+        up = tuple(Axis(slot, 0, power=1) for slot in self.up.slots())
+        gate = tuple(Axis(slot, 0) for slot in (self.gate.slots() if self.gate else ()))
+        return (*up, *gate, Axis(self.down.weight, 1, power=-1))
 
 
 @dataclass(frozen=True)
@@ -178,6 +245,25 @@ class Anatomy:
     family: str
     attention: tuple[AttentionBlock, ...]
     mlp: tuple[MLPBlock, ...]
+    channels: tuple[Channels, ...] = ()
+
+    @property
+    def units(self) -> tuple[MLPBlock | Channels, ...]:
+        """Everything whose units can be renamed: hidden units of MLPs, then channels."""
+        return (*self.mlp, *self.channels)
+
+    def attended(self, method: str) -> tuple[AttentionBlock, ...]:
+        """The attention blocks, for a method that is nothing without them.
+
+        Raises:
+            MethodError: the model has none.
+        """
+        if not self.attention:
+            raise MethodError(
+                f"{method} acts on attention, and {self.family} has none; "
+                "use a defense of another kind (params permutes channels, trap2 trains)"
+            )
+        return self.attention
 
     @property
     def qk_gauge(self) -> Gauge:

@@ -21,8 +21,8 @@ from torch import Tensor
 from benchmark.anatomy.alignment import (
     align,
     head_sides,
+    match_all,
     match_heads,
-    match_units,
     qk_gauge,
     rotary_gauge,
     vo_gauge,
@@ -63,7 +63,8 @@ class Diagnosis:
     Attributes:
         qk: the lock on Q and K; ``vo``: that on V and O. One of ``KINDS``, the most general of all
             blocks; ``blocks_locked`` counts the attention blocks that have any, of ``blocks``.
-        heads_moved: heads (KV groups) that traded places; ``units_moved``: hidden MLP units.
+        heads_moved: heads (KV groups) that traded places; ``units_moved``: hidden MLP units and
+            channels; ``coupled``: whether there are channels.
         growth: the largest ‖W‖/‖W0‖ of a matrix in the release; ``growth_left``: after the attack.
         outliers: matrices that, after the attack, moved from the base far more than the rest.
         residual: ‖recovered − base‖ / ‖released − base‖ (0 where nothing moved).
@@ -85,6 +86,7 @@ class Diagnosis:
     distance: float
     undone: bool
     foreign: bool
+    coupled: bool = False
 
     @property
     def summary(self) -> str:
@@ -131,7 +133,7 @@ class Diagnosis:
         if self.heads_moved and "head permutation" not in (self.qk, self.vo):
             found.append("a head permutation")
         if self.units_moved > UNITS:
-            found.append("an MLP permutation")
+            found.append("a permutation of channels" if self.coupled else "an MLP permutation")
         if "per-head scaling" in (self.qk, self.vo) and self.growth > INFLATED:
             found.append(f"norms inflated up to {self.growth:.1f}×")
         return " with ".join(found[:2]) + "".join(f" and {more}" for more in found[2:])
@@ -170,6 +172,7 @@ def diagnose(
         residual=norm(left) / length if length else 0.0,
         distance=norm(left) / whole,
         undone=not after.any,
+        coupled=bool(anatomy.channels),
         foreign=norm(unexplained) > FOREIGN * whole and norm_growth(aligned, base) <= INFLATED,
     )
 
@@ -193,8 +196,7 @@ class _Locks:
             if moved:
                 qk, vo = (k if k != "none" else "head permutation" for k in (qk, vo))
             kinds.append((qk, vo))
-        for mlp in anatomy.mlp:
-            order = match_units(mlp, state, base)
+        for order in match_all(anatomy, state, base):
             units += len(order)
             moved_units += int((order != torch.arange(len(order))).sum())
         self.qk: Kind = max((qk for qk, _ in kinds), key=KINDS.index, default="none")

@@ -7,7 +7,8 @@ Git Re-Basin's permutation specs (Ainsworth et al. 2023, arXiv 2209.04836).
 
 To support another architecture, add a row. Names alone prove nothing: ESM uses BERT's names with
 rotary embeddings. So a row also lists the attention classes whose gauge group was checked, and
-``tests/test_anatomy.py`` must pass on a tiny model of it (``tests/zoo.py``).
+``tests/test_anatomy.py`` must pass on a tiny model of it (``tests/zoo.py``). Convolutional towers
+have rows of their own kind, in :mod:`benchmark.anatomy.convolutional`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmark.anatomy.blocks import Anatomy, AttentionBlock, Linear, MLPBlock, Slot
+from benchmark.anatomy.convolutional import ROWS, towers
 from benchmark.errors import UsageError
 
 
@@ -214,8 +216,10 @@ def find(model: nn.Module) -> Anatomy:
     """
     state = model.state_dict()
     candidates = [(family, layer) for family in FAMILIES for layer in family.layers(state)]
-    if not candidates:
+    convolutional = towers(model)
+    if not candidates and not convolutional:
         looked = "; ".join(f"{f.name}: {f.layer}.{f.q}{f.join}weight" for f in FAMILIES)
+        looked += "".join(f"; {type(row).__name__}: {row.mark}" for row in ROWS)
         raise UsageError(
             f"unknown architecture {type(model).__name__}: no tensor named like ({looked}); "
             "add a row to benchmark/anatomy/families.py"
@@ -233,10 +237,13 @@ def find(model: nn.Module) -> Anatomy:
                 f"{lacking!r} (another kind of block, such as a gated MLP, is not supported yet)"
             )
     blocks = [_read(model, state, family, layer) for family, layer in rows.values()]
+    names = [family.name for family, _ in rows.values()] + [name for name, _, _ in convolutional]
+    mlps = [mlp for _, mlp in blocks if mlp is not None]
     return Anatomy(
-        family="+".join(dict.fromkeys(family.name for family, _ in rows.values())),
+        family="+".join(dict.fromkeys(names)),
         attention=tuple(attention for attention, _ in blocks),
-        mlp=tuple(mlp for _, mlp in blocks if mlp is not None),
+        mlp=(*mlps, *(mlp for _, found, _ in convolutional for mlp in found)),
+        channels=tuple(units for _, _, found in convolutional for units in found),
     )
 
 

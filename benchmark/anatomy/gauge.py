@@ -5,7 +5,7 @@ replaced, never written to. Computed in float64, cast at the end.
 
     Q → A·Q, K → A^-T·K        attention logits qᵀk unchanged
     V → B·V, O → O·B^-1        head outputs unchanged
-    W1 → W1[π], W2 → W2[:, π]  hidden units renamed
+    W1 → W1[π], W2 → W2[:, π]  hidden units (or channels) renamed
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.blocks import AttentionBlock, MLPBlock
+from benchmark.anatomy.blocks import AttentionBlock, Channels, MLPBlock
 from benchmark.checkpoint import State
 
 
@@ -37,26 +37,24 @@ def apply_vo(state: State, block: AttentionBlock, b: Tensor) -> None:
     block.write_o(state, torch.linalg.solve(b[:, None], block.read_o(state), left=False))
 
 
-def permute_units(state: State, block: MLPBlock, permutation: Tensor) -> None:
-    """Hidden unit i becomes the old unit ``permutation[i]``. ``permutation``: (n,) int64."""
-    permutation = permutation.to(state[block.up.weight.key].device)
-    for slot in block.rows():
-        slot.write(state, slot.read(state)[permutation])
-    down = block.down.weight
-    down.write(state, down.read(state)[:, permutation])
+def permute_units(state: State, block: MLPBlock | Channels, permutation: Tensor) -> None:
+    """Unit i becomes the old unit ``permutation[i]``. ``permutation``: (n,) int64."""
+    permutation = permutation.to(state[block.axes[0].slot.key].device)
+    for axis in block.axes:
+        axis.write(state, axis.read(state)[permutation])
 
 
-def scale_units(state: State, block: MLPBlock, scale: Tensor) -> None:
-    """up → c·up (bias too) and down → down/c per hidden unit. ``scale``: (n,), not zero.
+def scale_units(state: State, block: MLPBlock | Channels, scale: Tensor) -> None:
+    """Units × c, what reads them / c: up and down, or norm and next convolution. ``scale``: (n,).
 
     The caller answers for c being in ``block.unit_scale``.
     """
     c = scale.double()
-    for slot in block.up.slots():
-        value = slot.read(state).double()
-        slot.write(state, value * (c[:, None] if value.ndim > 1 else c))
-    down = block.down.weight
-    down.write(state, down.read(state).double() / c)
+    for axis in block.axes:
+        if axis.power:
+            value = axis.read(state).double()
+            factor = c.reshape(-1, *[1] * (value.ndim - 1))
+            axis.write(state, value * factor if axis.power > 0 else value / factor)
 
 
 def permute_heads(state: State, block: AttentionBlock, permutation: Tensor) -> None:
