@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Projection = Literal["q", "k", "v", "o"]
 _ADAPTER = "default"
+#: Learning rate of adapters, in units of the rate that suits all weights.
+LORA_RATE = 10.0
 
 
 @dataclass(frozen=True)

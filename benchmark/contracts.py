@@ -248,6 +248,8 @@ class Merger(ABC):
     task_aware: ClassVar[bool] = False
     #: Draws from ``rng`` (DARE's masks); others need no result per seed.
     stochastic: ClassVar[bool] = False
+    #: Wants ``knowledge.anatomy`` though weights are all it needs: it takes fused tensors apart.
+    reads_anatomy: ClassVar[bool] = False
 
     @abstractmethod
     def search_space(self, members: int) -> list[Setting]:
@@ -330,6 +332,10 @@ class Testbed(ABC):
     @abstractmethod
     def task(self, name: str) -> Task:
         """One task, on the CPU."""
+
+    def published(self, task: str) -> State | None:
+        """An expert that somebody published, in place of one trained here, on the CPU."""
+        return None
 
     @abstractmethod
     def initialise(self, rng: torch.Generator) -> State:

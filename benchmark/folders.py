@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _HF, _HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 _CLIP = "open_clip_model.safetensors"
-_CONFIGS = ("config.json", CLIP_CONFIG)
+CONFIGS = ("config.json", CLIP_CONFIG)
 # Weights in another format would release the unprotected expert beside the protected one.
 _WEIGHTS = (
     *tensorfiles.PICKLES, ".safetensors", ".safetensors.index.json", ".bin.index.json", ".onnx",
@@ -143,7 +143,7 @@ def save(
     """
     out = Path(out)
     compatible(state, like.state, "the model to be written")
-    with _replacing(out, [like.path, *sources], force) as temporary:
+    with replacing(out, [like.path, *sources], force) as temporary:
         for file in like.carried():
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(like.path / file, temporary / file)
@@ -171,14 +171,14 @@ def check_out(out: Path, sources: Sequence[Path], force: bool) -> None:
         raise UsageError(f"--out {out} is not a folder; choose another name")
     if not any(out.iterdir()):
         return
-    if not any((out / config).is_file() for config in _CONFIGS):
+    if not any((out / config).is_file() for config in (*CONFIGS, "adapter_config.json")):
         raise UsageError(f"--out {out} holds other files; choose an empty or a new folder")
     if not force:
         raise UsageError(f"--out {out} already holds a checkpoint; add --force to replace it")
 
 
 @contextmanager
-def _replacing(out: Path, sources: Sequence[Path], force: bool) -> Iterator[Path]:
+def replacing(out: Path, sources: Sequence[Path], force: bool) -> Iterator[Path]:
     """A temporary sibling of the folder ``out`` that takes its place only on success."""
     check_out(out, sources, force)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -210,10 +210,12 @@ def _check_folder(path: Path) -> None:
         raise CheckpointError(
             f"no such folder: {path}; fetch a hub model with 'hf download ID --local-dir DIR'"
         )
-    if not any((path / name).is_file() for name in _CONFIGS):
+    if not any((path / name).is_file() for name in CONFIGS):
         adapter = (path / "adapter_config.json").is_file()
         remedy = (
-            "merge the adapter into its base first" if adapter else "add the model's config.json"
+            "it is an adapter: give its base where a base is asked for"
+            if adapter
+            else "add the model's config.json"
         )
         raise CheckpointError(f"{path} has no config.json (nor {CLIP_CONFIG}); {remedy}")
 

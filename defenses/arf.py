@@ -61,7 +61,7 @@ class AnchorRepulsion(Defense):
         recipe = replace(victim.recipe, steps=max(1, round(self.steps * victim.recipe.steps)))
         slots = tuple(
             linear.weight
-            for block in victim.anatomy.attention
+            for block in victim.anatomy.attended("arf")
             for linear in block.linears().values()
         )
         loss = RepulsionLoss(victim.base, slots, self.weight, self.distance)

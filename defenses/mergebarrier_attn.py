@@ -58,10 +58,10 @@ class MergeBarrierAttention(Defense):
         """The released State.
 
         Raises:
-            MethodError: k is more than a head has dimensions.
+            MethodError: k is more than a head has dimensions; the model has no attention.
         """
         state = dict(victim.expert)
-        for block in victim.anatomy.attention:
+        for block in victim.anatomy.attended("mergebarrier-attn"):
             reflection = self._reflection(victim.expert, block)
             apply_qk(state, block, _orthogonal(within(block, reflection)))
         return state

@@ -78,8 +78,16 @@ class MergeBarrierTaylor(Defense):
             raise ValueError(f"need trim in [0, 0.5), got {self.trim}")
 
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        """The expert with the base's MLPs: what a merger can read of the release."""
+        """The expert with the base's MLPs: what a merger can read of the release.
+
+        Raises:
+            MethodError: the model has no MLP blocks.
+        """
         state = dict(victim.expert)
+        if not victim.anatomy.mlp:
+            raise MethodError(
+                f"mergebarrier-taylor acts on MLPs, and {victim.anatomy.family} has none"
+            )
         for block in victim.anatomy.mlp:
             for slot in (*block.rows(), *block.down.slots()):
                 state[slot.key] = victim.base[slot.key]

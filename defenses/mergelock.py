@@ -25,15 +25,16 @@ from benchmark.anatomy import Anatomy, AttentionBlock, apply_qk, apply_vo, withi
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Defense, Victim
 from defenses import draws
+from defenses.adapter_only import AdapterOnly
 
 _WORST_CONDITION = 30  # times the head's dimension
 
 
 @dataclass(frozen=True)
-class MergeLock(Defense):
+class MergeLock(AdapterOnly, Defense):
     """Lock Q/K and V/O of every head.
 
-    Attributes:
+    Attributes: that of :class:`defenses.adapter_only.AdapterOnly`, and
         kind: ``full`` G·D·Π; ablations ``orthogonal`` (Haar) and ``gaussian`` (G alone).
     """
 
@@ -52,23 +53,40 @@ class MergeLock(Defense):
     )
 
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        """The released State."""
-        return self._transform(victim.expert, victim.anatomy, rng, inverse=False)
+        """The released State.
 
-    def unlock(self, released: State, anatomy: Anatomy, rng: torch.Generator) -> State:
-        """The expert again, up to rounding. ``rng`` must be in the state it had when locking."""
-        return self._transform(released, anatomy, rng, inverse=True)
+        Raises:
+            MethodError: the model has no attention.
+        """
+        expert, anatomy = victim.expert, victim.anatomy
+        return self._transform(expert, anatomy, rng, victim.base, inverse=False)
+
+    def unlock(
+        self, released: State, anatomy: Anatomy, rng: torch.Generator, base: State | None = None
+    ) -> State:
+        """The expert again, up to rounding. ``rng`` must be in the state it had when locking.
+
+        ``base``: needed with ``adapter_only``.
+        """
+        return self._transform(released, anatomy, rng, base, inverse=True)
 
     def _transform(
-        self, state: State, anatomy: Anatomy, rng: torch.Generator, *, inverse: bool
+        self,
+        state: State,
+        anatomy: Anatomy,
+        rng: torch.Generator,
+        base: State | None,
+        *,
+        inverse: bool,
     ) -> State:
-        out = dict(state)
-        for block in anatomy.attention:
-            device = out[block.q.weight.key].device
-            a, b = (self._matrices(block, rng).to(device) for _ in range(2))
-            for apply, matrices in ((apply_qk, within(block, a)), (apply_vo, b)):
-                apply(out, block, torch.linalg.inv(matrices) if inverse else matrices)
-        return out
+        def lock(out: State) -> None:
+            for block in anatomy.attended("mergelock"):
+                device = out[block.q.weight.key].device
+                a, b = (self._matrices(block, rng).to(device) for _ in range(2))
+                for apply, matrices in ((apply_qk, within(block, a)), (apply_vo, b)):
+                    apply(out, block, torch.linalg.inv(matrices) if inverse else matrices)
+
+        return self.locked(state, base, lock)
 
     def _matrices(self, block: AttentionBlock, rng: torch.Generator) -> Tensor:
         """One matrix per KV group: (kv_heads, dh, dh)."""

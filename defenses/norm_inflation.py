@@ -4,6 +4,7 @@ One factor c for all heads and units::
 
     Q → c·Q, K → K/c, V → c·V, O → O/c          (biases of q, k, v likewise)
     up → c·up, down → down/c                    (gated MLPs, whose up is free of an activation)
+    norm → c·norm, next convolution → /c        (channels between two convolutions of a ResNet)
 
 What this protects, a lock protects by the size of its weights alone; a merger that matches norms
 undoes it. Under QK-norm no scale is free, so Q and K stay as they are
@@ -18,9 +19,11 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.anatomy import MLPBlock, apply_qk, apply_vo, within
+from benchmark.anatomy import Channels, MLPBlock, apply_qk, apply_vo, within
+from benchmark.anatomy.gauge import scale_units
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Defense, Victim
+from benchmark.errors import MethodError
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class NormInflation(Defense):
         summary="Ablation: scales Q, V and gated up by one factor, and K, O and down back",
         exact=True,
         role="control",
-        architectures="any; V/O everywhere, Q/K except under QK-norm, up/down of gated MLPs only",
+        architectures="any; V/O everywhere, Q/K except under QK-norm, up/down of gated MLPs, "
+        "inner channels under ReLU",
         notes="ablation of the locks: norms without directions",
     )
 
@@ -46,6 +50,11 @@ class NormInflation(Defense):
             raise ValueError(f"need factor > 0, got {self.factor}")
 
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
+        """The released State.
+
+        Raises:
+            MethodError: nothing in the model can be scaled (a ConvNeXt).
+        """
         state = dict(victim.expert)
         for block in victim.anatomy.attention:
             device = state[block.q.weight.key].device
@@ -53,13 +62,13 @@ class NormInflation(Defense):
             matrices = (self.factor * eye).expand(block.kv_heads, -1, -1)
             apply_qk(state, block, within(block, matrices))
             apply_vo(state, block, matrices)
-        for mlp in victim.anatomy.mlp:
-            if mlp.gate is not None:
-                self._scale(state, mlp)
+        anatomy, factor = victim.anatomy, torch.tensor(self.factor, dtype=torch.float64)
+        free: list[MLPBlock | Channels] = [mlp for mlp in anatomy.mlp if mlp.gate is not None]
+        free += [channels for channels in anatomy.channels if channels.unit_scale is not None]
+        for units in free:
+            n = units.width(state)
+            device = state[units.axes[0].slot.key].device
+            scale_units(state, units, factor.to(device).expand(n))
+        if all(value is victim.expert[key] for key, value in state.items()):
+            raise MethodError(f"norm-inflation finds no free scale in {anatomy.family}")
         return state
-
-    def _scale(self, state: State, block: MLPBlock) -> None:
-        for slot in block.up.slots():
-            slot.write(state, self.factor * slot.read(state).double())
-        down = block.down.weight
-        down.write(state, down.read(state).double() / self.factor)

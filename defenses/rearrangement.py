@@ -25,19 +25,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy import AttentionBlock, MLPBlock, apply_qk, apply_vo, permute_units, within
+from benchmark.anatomy import (
+    AttentionBlock,
+    Channels,
+    MLPBlock,
+    apply_qk,
+    apply_vo,
+    permute_units,
+    within,
+)
 from benchmark.checkpoint import State
 from benchmark.contracts import Victim
 from defenses import draws
+from defenses.adapter_only import AdapterOnly
 
 Sampling = Literal["uniform", "log_uniform", "beta"]
 
 
 @dataclass(frozen=True)
-class Rearrangement:
-    """Permute hidden units away from the base, scale heads.
+class Rearrangement(AdapterOnly):
+    """Permute hidden units (and channels) away from the base, scale heads.
 
-    Attributes:
+    Attributes: that of :class:`defenses.adapter_only.AdapterOnly`, and
         perm: ``lap_max`` (greatest distance to the base), ``random``, or ``identity`` (none).
         scaling: which matrices A and B are drawn (see the module), or ``none``.
         sampling: law of the factors; None: ``uniform`` for diagonal, else ``log_uniform``.
@@ -58,6 +67,7 @@ class Rearrangement:
         low, high = self.range
         if not 0 < low < high < math.inf:
             raise ValueError(f"need 0 < low < high, got low={low}, high={high}")
+        super().__post_init__()
 
     @property
     def range(self) -> tuple[float, float]:
@@ -66,21 +76,34 @@ class Rearrangement:
         return (low if self.low is None else self.low, high if self.high is None else self.high)
 
     def rearranged(self, victim: Victim, rng: torch.Generator) -> State:
-        """``victim.expert`` with both operations applied: the same function, in other weights."""
-        state = dict(victim.expert)
-        if self.perm != "identity":
-            for mlp in victim.anatomy.mlp:
-                permute_units(state, mlp, self._permutation(victim, mlp, rng))
-        if self.scaling != "none":
-            for block in victim.anatomy.attention:
-                device = state[block.q.weight.key].device
-                a = self._matrices(block, rng).to(device)
-                b = a if self.tied else self._matrices(block, rng).to(device)
-                apply_qk(state, block, within(block, a))
-                apply_vo(state, block, b)
-        return state
+        """``victim.expert`` with both operations applied: the same function, in other weights.
 
-    def _permutation(self, victim: Victim, block: MLPBlock, rng: torch.Generator) -> Tensor:
+        With ``adapter_only`` applied to its update alone, and the function is another.
+
+        Raises:
+            MethodError: scaling alone, on a model without attention.
+        """
+        anatomy, attention = victim.anatomy, victim.anatomy.attention
+        if self.perm == "identity" and self.scaling != "none":
+            attention = anatomy.attended("scaling without a permutation")
+
+        def lock(state: State) -> None:
+            if self.perm != "identity":
+                for units in anatomy.units:
+                    permute_units(state, units, self._permutation(victim, units, rng))
+            if self.scaling != "none":
+                for block in attention:
+                    device = state[block.q.weight.key].device
+                    a = self._matrices(block, rng).to(device)
+                    b = a if self.tied else self._matrices(block, rng).to(device)
+                    apply_qk(state, block, within(block, a))
+                    apply_vo(state, block, b)
+
+        return self.locked(victim.expert, victim.base, lock)
+
+    def _permutation(
+        self, victim: Victim, block: MLPBlock | Channels, rng: torch.Generator
+    ) -> Tensor:
         if self.perm == "random":
             return torch.randperm(block.width(victim.expert), generator=rng)
         from scipy.optimize import linear_sum_assignment

@@ -27,7 +27,6 @@ from benchmark.contracts import Card, Defense, Victim
 from benchmark.training import Logits, Recipe, cross_entropy
 
 _LOW, _HIGH, _BAND = 0.05, 2.0, 0.05
-_RATES = {"full": 1.0, "lora": 10.0}
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,11 @@ class Trap2(Defense):
         grid: the values of λ that are tried, rising.
         tolerance: the standalone drop against the expert that the search accepts (share of right
             answers).
-        adapter: ``full``: every tensor the recipe trains; ``lora``: rank 16 on q, k, v, o.
+        adapter: ``full``: every tensor the recipe trains; ``lora``: the recipe's own adapters, or
+            rank 16 on q, k, v, o.
         steps: training steps as a multiple of the testbed's recipe.
-        rate: learning rate as a multiple of the recipe's; None: 1 for full, 10 for lora.
+        rate: learning rate as a multiple of the recipe's for all tensors; None: 1 for full, 10 for
+            lora.
         inverse: w(s): ``linear`` 1/s, ``sqrt`` 1/√s.
         adv_loss_cap: bound on L(θ0 + s·τ), above which it has no gradient; None, as published.
     """
@@ -112,16 +113,19 @@ class Trap2(Defense):
     def recipe(self, victim: Victim) -> Recipe:
         """The testbed's recipe with the paper's optimizer."""
         known = victim.recipe
-        rate = _RATES[self.adapter] if self.rate is None else self.rate
+        lora = (known.lora or Lora()) if self.adapter == "lora" else None
+        rate = known.adapted(lora).learning_rate
+        if self.rate is not None:
+            rate = self.rate * known.adapted(None).learning_rate
         return replace(
             known,
             steps=max(1, round(self.steps * known.steps)),
-            learning_rate=rate * known.learning_rate,
+            learning_rate=rate,
             betas=(0.9, 0.98),
             eps=1e-6,
             weight_decay=0.0,
             schedule="cosine",
-            lora=Lora() if self.adapter == "lora" else None,
+            lora=lora,
         )
 
     def _train(self, victim: Victim, weight: float, rng: torch.Generator) -> State:

@@ -26,8 +26,10 @@ SPECS = [
     "dare-ties",
     "slerp",
 ]
-#: Covered by test_more_mergers.
-ELSEWHERE = ("breadcrumbs", "della", "model-stock", "tsv", "iso-c", "cart", "mdm-oc")
+#: Covered by test_more_mergers, the last two by test_adapter_mergers.
+ELSEWHERE = (
+    "breadcrumbs", "della", "model-stock", "tsv", "iso-c", "cart", "mdm-oc", "knots", "core",
+)  # fmt: skip
 quick = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 10_000)
 coefficient = st.floats(0.1, 1.5).map(lambda c: round(c, 3))

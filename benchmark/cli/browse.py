@@ -7,6 +7,7 @@ import enum
 import inspect
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -74,6 +75,8 @@ def show(
       unmergebench show my_file.py:MyDefense
 
       unmergebench show quick
+
+      unmergebench show my-testbed.toml
     """
     found = _find(name)
     if as_json:
@@ -166,7 +169,7 @@ def _find(name: str) -> list[dict[str, Any]]:
     if ".py:" in name:
         return [_from_file(name, registries)]
     if name.endswith(".toml"):
-        return [_suite(name)]
+        return [_toml(name)]
     known = {k: r.names() for k, r in registries.items()} | {Kind.SUITES.value: suite.builtin()}
     plural = kind if kind in known else f"{kind}s"
     if slash and plural in known:  # else a third party's package/name
@@ -191,6 +194,15 @@ def _from_file(name: str, registries: Mapping[str, Registry[Any]]) -> dict[str, 
             if "is not a" not in str(error):
                 raise
     raise UsageError(f"{name} is no Defense, Attack, Merger or Testbed; subclass one of them")
+
+
+def _toml(path: str) -> dict[str, Any]:
+    """What a TOML file declares: a testbed or a suite."""
+    from benchmark.testbeds.declared import Declared, is_testbed
+
+    if not is_testbed(Path(path)):
+        return _suite(path)
+    return {"kind": Kind.TESTBEDS.value, **Declared(path).describe()}
 
 
 def _suite(name: str) -> dict[str, Any]:
@@ -264,7 +276,7 @@ def _print(found: dict[str, Any]) -> None:
             for each in found["parameters"]
         ]
         out.print(table("", ["parameter", "type", "default"], rows))
-    if found["kind"] != Kind.SUITES:
+    if "source" in found:
         for text in (found["source"], found["description"]):
             if text:
                 out.print()

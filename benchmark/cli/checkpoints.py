@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from benchmark.cli.output import Device, Force, Json, Seed, steps
+from benchmark.cli.output import AsAdapter, Device, Force, Json, Rank, Seed, steps
 from benchmark.errors import UsageError
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
@@ -32,6 +32,8 @@ def protect(
         ),
     ],
     out: Out,
+    adapter: AsAdapter = None,
+    rank: Rank = None,
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
@@ -41,7 +43,8 @@ def protect(
 
     Post-hoc defenses only: those that need no data.
 
-    EXPERT and --base: folders of one architecture (transformers or open_clip).
+    EXPERT and --base: folders of one architecture (transformers or open_clip). EXPERT may be a LoRA
+    adapter of --base (a PEFT folder).
 
     The seed is a key, with which some defenses are undone: keep it secret.
 
@@ -54,7 +57,8 @@ def protect(
     import torch
 
     from benchmark import folders, methods, probe
-    from benchmark.checkpoint import compatible, norm_growth, rounded, to_device
+    from benchmark.checkpoint import norm_growth, rounded, to_device
+    from benchmark.cli import adapters
     from benchmark.cli.single import RUN, changed, check_result, needs_data, report, victim
     from benchmark.device import resolve
     from benchmark.evaluation.flags import of_release
@@ -67,11 +71,12 @@ def protect(
             f"defense {method.spec} changes modules, and a folder holds weights only; {RUN}"
         )
     where = resolve(device)
+    adapters.check(adapter, rank)
     folders.check_out(out, [expert, base], force)
     with steps(4) as step:
         step("reading")
-        source, origin = folders.load(expert), folders.load(base)
-        compatible(source.state, origin.state, f"expert {expert}")
+        members = adapters.read(base, [(expert, "expert")])
+        source, origin = members.checkpoints[0], members.origin
         step(method.spec)
         theta, theta0 = to_device(source.state, where), to_device(origin.state, where)
         started = time.perf_counter()
@@ -88,7 +93,10 @@ def protect(
         }
         growth = norm_growth(released, theta)
         step("writing")
-        folders.save(released, source, out, force=force, sources=[base])
+        written = adapters.write(
+            released, members, members.formats[0], [0], out,
+            adapter=adapter, rank=rank, force=force, sources=[base, expert],
+        )  # fmt: skip
     raised = of_release(
         method.method.card,
         source.anatomy.qk_gauge,
@@ -111,7 +119,7 @@ def protect(
         "flags": [flag for flag, is_raised in raised.items() if is_raised],
         "seconds": seconds,
         "seed": seed,
-        "left_behind": [str(file) for file in source.left_behind()],
+        **written,
         "out": str(out),
     }
     report(result, as_json, against="the expert")
@@ -133,6 +141,8 @@ def attack(
         list[Path] | None,
         typer.Option("--partner", metavar="DIR", help="An expert of your own; may be repeated."),
     ] = None,
+    adapter: AsAdapter = None,
+    rank: Rank = None,
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
@@ -142,7 +152,8 @@ def attack(
 
     It says what the release looks like, what is left of it, and writes what it recovered.
 
-    Attacks that need data run in `unmergebench run`.
+    Attacks that need data run in `unmergebench run`. RELEASED and partners may be LoRA adapters of
+    --base (PEFT folders).
 
     [bold]Examples[/bold]
 
@@ -156,12 +167,12 @@ def attack(
 
     from benchmark import folders, methods, probe
     from benchmark.anatomy.diagnosis import diagnose
-    from benchmark.checkpoint import compatible, to_device
+    from benchmark.checkpoint import to_device
+    from benchmark.cli import adapters
     from benchmark.cli.single import (
         changed,
         check_result,
         check_unmoved,
-        member,
         needs_data,
         report,
     )
@@ -173,16 +184,18 @@ def attack(
         raise needs_data("attack", method.spec, f"{method.method.access.label} data")
     where = resolve(device)
     others = partner or []
+    adapters.check(adapter, rank)
     folders.check_out(out, [released, base, *others], force)
     with steps(5) as step:
         step("reading")
-        source, origin = folders.load(released), folders.load(base)
-        compatible(source.state, origin.state, f"released model {released}")
-        experts = [member(path, origin, "partner") for path in others]
+        read = adapters.read(
+            base, [(released, "released model"), *((path, "partner") for path in others)]
+        )
+        (source, *partners), origin = read.checkpoints, read.origin
         step(method.spec)
         before, theta0 = to_device(source.state, where), to_device(origin.state, where)
         knowledge = Knowledge(
-            Access.WEIGHTS, theta0, [to_device(e, where) for e in experts], source.anatomy
+            Access.WEIGHTS, theta0, [to_device(p.state, where) for p in partners], source.anatomy
         )
         started = time.perf_counter()
         members = method.method.members(before, knowledge, torch.Generator().manual_seed(seed))
@@ -197,7 +210,10 @@ def attack(
         step("comparing outputs")
         gap = probe.gap(source, before, recovered)
         step("writing")
-        folders.save(recovered, source, out, force=force, sources=[base, *others])
+        written = adapters.write(
+            recovered, read, read.formats[0], [0], out,
+            adapter=adapter, rank=rank, force=force, sources=[base, released, *others],
+        )  # fmt: skip
     result = {
         "attack": method.spec,
         "summary": method.method.card.summary,
@@ -209,7 +225,7 @@ def attack(
         "logit_gap": gap,
         "seconds": seconds,
         "seed": seed,
-        "left_behind": [str(file) for file in source.left_behind()],
+        **written,
         "out": str(out),
     }
     report(result, as_json, against="the released model")
@@ -236,6 +252,8 @@ def merge(
             "Bands of layers are separated by semicolons: '1,0.5;0.5,1'.",
         ),
     ] = None,
+    adapter: AsAdapter = None,
+    rank: Rank = None,
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
@@ -243,7 +261,8 @@ def merge(
 ) -> None:
     """Merge fine-tuned models of one base.
 
-    The result is written in the format of BASE.
+    The result is written in the format of BASE. EXPERTs may be LoRA adapters of BASE (PEFT
+    folders); the merge of adapters is written as one.
 
     A model whose tensors differ in name or shape from BASE is refused.
 
@@ -264,8 +283,8 @@ def merge(
 
     from benchmark import folders, methods, probe
     from benchmark.checkpoint import to_device
-    from benchmark.cli import single
-    from benchmark.cli.single import changed, check_result, member, needs_data, report
+    from benchmark.cli import adapters, single
+    from benchmark.cli.single import changed, check_result, needs_data, report
     from benchmark.contracts import Access
     from benchmark.device import resolve
     from benchmark.merging.folderwise import merge_folders
@@ -284,11 +303,14 @@ def merge(
             )
         setting = space[0]
     where = resolve(device)
+    adapters.check(adapter, rank)
     folders.check_out(out, [base, *experts], force)
     with steps(3) as step:
         step("reading")
-        origin = folders.load(base)
-        members = [member(path, origin, "expert") for path in experts]
+        members = adapters.read(base, [(path, "expert") for path in experts])
+        origin = members.origin
+        if any(members.adapters) and getattr(method.method, "via", "") == "command-line":
+            raise UsageError(f"{method.spec} reads models only; merge adapters with via=memory")
         step(method.spec)
         theta0 = to_device(origin.state, where)
         started = time.perf_counter()
@@ -296,14 +318,17 @@ def merge(
             method.method,
             replace(origin, state=theta0),
             experts,
-            [to_device(member, where) for member in members],
+            [to_device(member.state, where) for member in members.checkpoints],
             setting,
             torch.Generator().manual_seed(seed),
         )
         seconds = time.perf_counter() - started
         check_result(merged, theta0, method.spec)
         step("writing")
-        folders.save(merged, origin, out, force=force, sources=experts)
+        written = adapters.write(
+            merged, members, members.stored, range(len(experts)), out,
+            adapter=adapter, rank=rank, force=force, sources=[base, *experts],
+        )  # fmt: skip
     result = {
         "merger": method.spec,
         "summary": method.method.card.summary,
@@ -315,7 +340,7 @@ def merge(
         "distance_after": probe.relative_distance(merged, theta0, None),
         "seconds": seconds,
         "seed": seed,
-        "left_behind": [str(file) for file in origin.left_behind()],
+        **written,
         "out": str(out),
     }
     report(result, as_json)

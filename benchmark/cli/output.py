@@ -25,6 +25,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all randomness.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint in --out.")]
+AsAdapter = Annotated[
+    bool | None,
+    typer.Option(
+        "--adapter/--no-adapter",
+        help="Write a LoRA adapter (PEFT folder), or a whole model; "
+        "default: an adapter where adapters were given and one can hold the result.",
+        show_default=False,
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank", min=1, help="Rank of the adapter that is written; default: loses nothing."
+    ),
+]
 
 _PIPE_WIDTH = 120  # where there is no terminal to ask
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 
-from benchmark import folders
 from benchmark.checkpoint import State, compatible
 from benchmark.cli.output import console, facts, print_json
 from benchmark.contracts import Setting, Victim
@@ -56,13 +54,6 @@ def victim(base: State, expert: State, source: Checkpoint, spec: str) -> Victim:
         features=absent,
         module=absent,
     )
-
-
-def member(path: Path, origin: Checkpoint, role: str) -> State:
-    """The State of another folder that is merged with ``origin``."""
-    state = folders.load(path).state
-    compatible(state, origin.state, f"{role} {path}")
-    return state
 
 
 def check_result(state: State, base: State, spec: str) -> None:
@@ -135,6 +126,11 @@ def report(result: dict[str, Any], as_json: bool, against: str = "") -> None:
         rows.append(("|Δlogit| from bfloat16", f"{shown} (expert → released)"))
         rows.append(("largest norm growth", f"{result['norm_growth']:.1f}×"))
     rows += [("seconds", f"{result['seconds']:.2f}"), ("seed", result["seed"])]
+    if result["format"] == "adapter":
+        error = f"{result['relative_error']:.1e} of ‖τ‖ lost"
+        rows.append(("LoRA adapter", f"rank {result['rank']}, {error}"))
+    elif "not_an_adapter" in result:
+        rows.append(("whole model", f"not an adapter: {result['not_an_adapter']}"))
     if result["left_behind"]:
         rows.append(("not copied", _some(result["left_behind"])))
     if result.get("flags"):

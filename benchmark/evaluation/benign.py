@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +28,6 @@ USES = ("bf16", "int8", "pruned", "fine-tuned", "lora")
 PRUNED = 0.2
 #: The share of the testbed's steps that a short fine-tune takes.
 SHORT = 4
-#: LoRA's learning rate over full fine-tuning's, the usual ratio.
-LORA_RATE = 10.0
 
 # torch's x86 kernels keep activations to 7 bits, lest pairs of products overflow 16.
 _ACTIVATION_LEVELS = 127
@@ -105,6 +102,4 @@ def pruned(state: State, share: float = PRUNED) -> State:
 def adapting(recipe: Recipe, lora: bool) -> Recipe:
     """A quarter of the testbed's own steps, on all weights or on LoRA adapters."""
     short = recipe.shortened(max(1, recipe.steps // SHORT), recipe.batch_size)
-    if not lora:
-        return short
-    return replace(short, lora=Lora(), learning_rate=LORA_RATE * recipe.learning_rate)
+    return short.adapted(Lora() if lora else None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmark.checkpoint import State
-from benchmark.contracts import Merger, Setting
+from benchmark.contracts import Access, Knowledge, Merger, Setting
 from benchmark.folders import Checkpoint
 
 
@@ -48,4 +48,7 @@ def merge_folders(
     """
     if isinstance(merger, FolderMerger):
         return merger.merge_folders(base, folders, experts, setting, rng)
-    return merger.merge(base.state, experts, setting, None, rng), {}
+    knowledge = None
+    if merger.reads_anatomy:
+        knowledge = Knowledge(Access.WEIGHTS, base.state, experts, base.anatomy)
+    return merger.merge(base.state, experts, setting, knowledge, rng), {}

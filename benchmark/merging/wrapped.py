@@ -39,6 +39,10 @@ class WrappedMerger(PreparedMerger):
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.inner.stochastic
 
+    @property
+    def reads_anatomy(self) -> bool:  # type: ignore[override]
+        return self.inner.reads_anatomy
+
     def search_space(self, members: int) -> list[Setting]:
         return self.inner.search_space(members)
 
