@@ -60,7 +60,15 @@ def merger(spec: str) -> Named[Merger]:
 
 
 def testbed(spec: str) -> Named[Testbed]:
-    """The testbed behind a spec. Raises as :func:`defense`, also for ``a+b``."""
+    """The testbed behind a spec, or declared in a TOML file. Raises as :func:`defense`, also for
+    ``a+b``.
+    """
+    if spec.endswith(".toml"):
+        from benchmark.testbeds.declared import Declared
+
+        declared = Declared(spec)
+        # Its own name: where the file lies says nothing about what it holds.
+        return Named(declared.spec.name, declared)
     return _single(TESTBEDS, spec)
 
 

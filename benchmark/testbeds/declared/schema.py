@@ -1,0 +1,163 @@
+"""What a testbed.toml may say. Every mistake is one line that names the field and the remedy."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from benchmark.errors import UsageError
+from benchmark.specs import did_you_mean
+from benchmark.testbeds.declared.backbones import Pooling
+from benchmark.testbeds.declared.pixels import Channels
+from benchmark.training import Recipe
+
+Part = Literal["train", "validation", "test"]
+Head = Literal["label-names", "linear-probe"]
+#: A file name or a list of them.
+Files = str | tuple[str, ...]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RecipeSpec(_Strict):
+    """How an expert is trained; see :class:`benchmark.training.Recipe`. ``clip = 0``: none."""
+
+    steps: int = Field(default=80, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    warmup: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, ge=0)
+    frozen: tuple[str, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    schedule: Literal["linear", "cosine"] = "linear"
+
+    def recipe(self, frozen: tuple[str, ...]) -> Recipe:
+        """The recipe, with these tensors frozen too."""
+        fields = self.model_dump() | {"clip": self.clip or None}
+        return Recipe(**fields | {"frozen": (*self.frozen, *frozen)})
+
+
+class TaskSpec(_Strict):
+    """One task. What all tasks share may stand in ``[defaults]``.
+
+    ``data``: a folder (parquet or csv files, a folder of images per class, or a data set in the
+    hub's format), files by split, or a hub id with its ``revision``. ``splits``: what the data
+    calls train, validation and test. ``classes``: names in the order of the labels; a JSON
+    file of them; or a table label = "name". ``prompts``: texts with ``{}``, ``openai``, ``simple``.
+    ``expert``: a published fine-tune to use in place of one trained here.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: str | dict[Part, Files]
+    config: str | None = None
+    revision: str | None = None
+    splits: dict[Part, str] = {}
+    image: str | None = None
+    text: str | None = None
+    label: str = "label"
+    classes: str | tuple[str, ...] | dict[str, str] | None = None
+    head: Head = "linear-probe"
+    prompts: Literal["openai", "simple"] | tuple[str, ...] = ("{}",)
+    probe: int = Field(default=2000, ge=10)
+    expert: str | None = None
+    expert_revision: str | None = None
+    max_train: int = Field(default=5000, ge=1)
+    max_validation: int = Field(default=500, ge=1)
+    max_test: int = Field(default=2000, ge=1)
+
+    @field_validator("prompts")
+    @classmethod
+    def _placeholder(cls, prompts: Any) -> Any:
+        if not isinstance(prompts, str) and not (prompts and all("{}" in p for p in prompts)):
+            raise ValueError(
+                'every prompt needs {} where the class name goes, as in "a photo of {}."'
+            )
+        return prompts
+
+    @model_validator(mode="after")
+    def _one_column(self) -> TaskSpec:
+        if self.image and self.text:
+            raise ValueError("name an image column or a text column, not both")
+        return self
+
+
+class TestbedSpec(_Strict):
+    """A whole testbed.toml."""
+
+    __test__ = False  # not a pytest class
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    summary: str = ""
+    base: str
+    pretrained: str | None = None
+    revision: str | None = None
+    scale: float | None = Field(default=None, gt=0)
+    side: int | None = Field(default=None, ge=8, le=1024)
+    tokens: int = Field(default=32, ge=4, le=8192)
+    mean: Channels | None = None
+    std: Channels | None = None
+    pooling: Pooling = "auto"
+    recipe: RecipeSpec = RecipeSpec()
+    task: tuple[TaskSpec, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share(cls, content: Any) -> Any:
+        """``[defaults]`` into every task."""
+        if not isinstance(content, dict) or "defaults" not in content:
+            return content
+        shared = content["defaults"]
+        tasks = content.get("task")
+        if not isinstance(shared, dict) or not isinstance(tasks, list):
+            raise ValueError("[defaults] is a table of what every [[task]] shares")
+        rest = {key: value for key, value in content.items() if key != "defaults"}
+        return {**rest, "task": [{**shared, **t} if isinstance(t, dict) else t for t in tasks]}
+
+    @model_validator(mode="after")
+    def _distinct(self) -> TestbedSpec:
+        names = [task.name for task in self.task]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two tasks are called {twice[0]!r}; give each a name of its own")
+        return self
+
+
+def parse(text: str, where: str) -> TestbedSpec:
+    """The content of a testbed.toml.
+
+    Raises:
+        UsageError: not TOML, or the first wrong field.
+    """
+    try:
+        return TestbedSpec.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"testbed {where}: not valid TOML: {error}") from None
+    except ValidationError as error:
+        # A misspelt key is the cause where its right spelling is missing too.
+        problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        first = problems[0]
+        field = ".".join(str(part) for part in first["loc"]) or "file"
+        hint = ""
+        if first["type"] == "extra_forbidden":
+            models: dict[Any, type[BaseModel]] = {"task": TaskSpec, "recipe": RecipeSpec}
+            model = (
+                models.get(first["loc"][0], TestbedSpec) if len(first["loc"]) > 1 else TestbedSpec
+            )
+            known = [*model.model_fields, *(["defaults"] if model is TestbedSpec else [])]
+            hint = did_you_mean(str(first["loc"][-1]), known)
+        raise UsageError(f"testbed {where}: {field}: {first['msg']}{hint}") from None
+
+
+def is_testbed(path: Path) -> bool:
+    """Whether a TOML file says it is a testbed rather than a suite."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "base" in content or "task" in content

@@ -1,0 +1,249 @@
+"""A testbed that a user declares in a testbed.toml (docs/your-testbed.md)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmark.checkpoint import State
+from benchmark.contracts import Card, Testbed
+from benchmark.data import Split, Task
+from benchmark.errors import UsageError
+from benchmark.specs import did_you_mean
+from benchmark.testbeds.declared import heads
+from benchmark.testbeds.declared.backbones import Backbone
+from benchmark.testbeds.declared.opening import Input, named_base, open_backbone, read
+from benchmark.testbeds.declared.places import Place, place
+from benchmark.testbeds.declared.schema import Part, TaskSpec, TestbedSpec, parse
+from benchmark.testbeds.declared.sources import Rows, Source
+from benchmark.testbeds.kept import kept
+from benchmark.training import Recipe
+
+_REVISION = 1  # of splitting and heads: raise it when they change
+_PARTS: tuple[Part, ...] = ("train", "validation", "test")
+#: Logits = scale · cosine, where the testbed does not say: CLIP's own, and minilm's.
+_SCALES = {"image": 100.0, "text": 20.0}
+_PROBE_SCALE = 20.0
+
+
+@dataclass(frozen=True)
+class Declared(Testbed):
+    """The testbed that ``file`` describes; paths in it are relative to its folder."""
+
+    file: str
+
+    card: ClassVar[Card] = Card(summary="a testbed of your own, declared in a TOML file")
+
+    def __post_init__(self) -> None:
+        """Raises UsageError: no such file, or the first wrong field."""
+        _ = self.spec
+
+    @property
+    def spec(self) -> TestbedSpec:
+        """What the file says."""
+        path = Path(self.file)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the testbed file {path}: {error}") from None
+        return _parsed(text, path.name)
+
+    @property
+    def root(self) -> Path:
+        """The folder that relative paths begin at."""
+        return Path(self.file).resolve().parent
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.spec.task)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The file's; tensors that are no parameters are frozen too.
+
+        Raises:
+            UsageError: a ``frozen`` that no tensor's name begins with.
+        """
+        backbone = self.backbone
+        for prefix in self.spec.recipe.frozen:
+            if not any(key.startswith(prefix) for key in backbone.weights()):
+                known = {f"{key.split('.')[0]}." for key in backbone.weights()}
+                hint = did_you_mean(prefix, known)
+                raise UsageError(f"recipe.frozen: no tensor's name begins with {prefix!r}{hint}")
+        return self.spec.recipe.recipe(backbone.buffers)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The base model and how it is run; always the same object."""
+        spec = self.spec
+        return open_backbone(
+            self._base, Input(spec.side, spec.mean, spec.std, spec.tokens, spec.pooling)
+        )
+
+    @property
+    def _base(self) -> Place:
+        spec = self.spec
+        return named_base(spec.base, spec.pretrained, self.root, spec.revision)
+
+    def content_hash(self) -> str:
+        """sha256 of the file's meaning, of all files it names, and of the commits of hub ids."""
+        published = [place_.content for place_ in map(self._expert, self.tasks) if place_]
+        data = [self._source(name).content() for name in self.tasks]
+        meaning = self.spec.model_dump(exclude={"name", "summary"}, mode="json")
+        return _sha256([meaning, self._base.content, data, published])
+
+    def base(self) -> State:
+        return self.backbone.base()
+
+    def module(self) -> torch.nn.Module:
+        return self.backbone.module
+
+    def initialise(self, rng: torch.Generator) -> State:
+        return self.backbone.initialise(rng)
+
+    def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.backbone.forward(state, inputs)
+
+    def published(self, task: str) -> State | None:
+        """The published fine-tune that the file names for ``task``, if any."""
+        found = self._expert(task)
+        return None if found is None else read(self.backbone, found)
+
+    def task(self, name: str) -> Task:
+        """Splits are disjoint in what the model sees; rows are in a random order.
+
+        Raises:
+            UsageError: no such task; a column, split or class that the data lacks.
+            AssetError: base or data are not at hand and cannot be fetched.
+        """
+        spec, source, backbone = self._task(name), self._source(name), self.backbone
+        if spec.head == "label-names" and backbone.embed is None:
+            raise UsageError(
+                f"task {name}: this base has no text tower for label names; "
+                'set head = "linear-probe"'
+            )
+        # Only what prepares the examples: another recipe must not read the data again.
+        key = _sha256([spec.model_dump(mode="json"), source.content(), backbone.content])
+        found = kept(f"declared-{name}", key, lambda: self._prepare(spec, source))
+        splits = {
+            part: Split(
+                {k.partition(".")[2]: v for k, v in found.items() if k.startswith(f"{part}.")},
+                found[f"labels.{part}"],
+            )
+            for part in _PARTS
+        }
+        scale = self.spec.scale
+        if scale is None:
+            scale = _PROBE_SCALE if spec.head == "linear-probe" else _SCALES[backbone.kind]
+        classes = tuple(bytes(found["classes"].tolist()).decode().split("\n"))
+        return Task(name, classes, head=found["head"], scale=scale, **splits)
+
+    def _prepare(self, spec: TaskSpec, source: Source) -> dict[str, Tensor]:
+        backbone = self.backbone
+        rows, classes = source.read(backbone.kind)
+        parts = _divide(
+            {part: _prepared(backbone, each) for part, each in rows.items()}, spec.max_validation
+        )
+        out = {}
+        for part, split in parts.items():
+            if not len(split):
+                raise UsageError(f"task {spec.name}: nothing is left for {part}; give it more rows")
+            out[f"labels.{part}"] = split.labels
+            out |= {f"{part}.{key}": value for key, value in split.inputs.items()}
+        if spec.head == "label-names":
+            assert backbone.embed is not None
+            out["head"] = heads.label_names(backbone.embed, classes, spec.prompts)
+        else:
+            few = parts["train"][: spec.probe]
+            with torch.no_grad():
+                features = backbone.forward(backbone.base(), few.inputs)
+            try:
+                out["head"] = heads.linear_probe(features, few.labels, len(classes))
+            except UsageError as error:
+                raise UsageError(f"task {spec.name}: {error}") from None
+        out["classes"] = torch.tensor(list("\n".join(classes).encode()), dtype=torch.uint8)
+        return out
+
+    def _task(self, name: str) -> TaskSpec:
+        for task in self.spec.task:
+            if task.name == name:
+                return task
+        raise UsageError(f"{self.spec.name} has no task {name!r}{did_you_mean(name, self.tasks)}")
+
+    def _source(self, name: str) -> Source:
+        return Source(self._task(name), self.root)
+
+    def _expert(self, name: str) -> Place | None:
+        spec = self._task(name)
+        if spec.expert is None:
+            return None
+        return place(spec.expert, self.root, spec.expert_revision, f"task {name}: expert")
+
+    def describe(self) -> dict[str, Any]:
+        """What ``unmergebench show`` prints; reads neither weights nor data."""
+        spec = self.spec
+        given = spec.model_dump(mode="json", exclude_unset=True)
+        tasks = {t.name: f"{t.data} ({t.head})" for t in spec.task}
+        recipe = {k: v for k, v in spec.recipe.model_dump(mode="json").items() if v}
+        rest = {k: v for k, v in given.items() if k not in ("name", "task", "recipe", "summary")}
+        summary = spec.summary or self.card.summary
+        return {"name": spec.name, "summary": summary, **rest, "recipe": recipe, "tasks": tasks}
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(text: str, where: str) -> TestbedSpec:
+    from benchmark.testbeds import TESTBEDS
+
+    spec = parse(text, where)
+    if spec.name in TESTBEDS.names():
+        raise UsageError(
+            f"testbed {where}: {spec.name!r} is a testbed that ships here; rename yours"
+        )
+    return spec
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps([_REVISION, content], sort_keys=True).encode()).hexdigest()
+
+
+def _prepared(backbone: Backbone, rows: Rows) -> Split:
+    return Split(backbone.prepare(rows.inputs), torch.tensor(rows.labels, dtype=torch.int64))
+
+
+def _divide(parts: Mapping[Part, Split], validation: int) -> dict[Part, Split]:
+    """Disjoint splits: of rows that look alike to the model one is kept, in test before the others.
+
+    Without a validation split the first ``validation`` rows of train, at most a fifth, become one.
+    """
+    seen: set[bytes] = set()
+    out: dict[Part, Split] = {}
+    for part in ("test", "validation", "train"):
+        if part not in parts:
+            continue
+        rows = []
+        for row, identity in enumerate(_identities(parts[part])):
+            if identity not in seen:
+                seen.add(identity)
+                rows.append(row)
+        out[part] = parts[part][torch.tensor(rows, dtype=torch.int64)]
+    if "validation" not in out:
+        held = min(validation, len(out["train"]) // 5)
+        out["validation"], out["train"] = out["train"][:held], out["train"][held:]
+    return out
+
+
+def _identities(split: Split) -> list[bytes]:
+    """A hash of each row's inputs."""
+    columns = [split.inputs[key].contiguous().numpy() for key in sorted(split.inputs)]
+    return [
+        hashlib.sha256(b"".join(column[row].tobytes() for column in columns)).digest()
+        for row in range(len(split))
+    ]

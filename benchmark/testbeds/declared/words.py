@@ -1,0 +1,75 @@
+"""Words for text encoders and for the text towers that make heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmark.errors import CheckpointError
+from benchmark.folders import load
+
+
+@torch.no_grad()
+def open_clip_texts(path: Path, texts: Sequence[str]) -> Tensor:
+    """Unit embeddings by the text tower of an open_clip folder, (n, d)."""
+    import open_clip
+
+    # The text tower serves heads only, once: it is not kept in memory.
+    model: Any = load(path).model
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{path}")
+    return _in_chunks(lambda chunk: model.encode_text(tokenizer(chunk)), texts)
+
+
+@torch.no_grad()
+def clip_texts(path: Path, texts: Sequence[str]) -> Tensor:
+    """Unit embeddings by the text tower of a transformers CLIP folder, (n, d)."""
+    model: Any = load(path).model
+    tokenizer = _tokenizer(path)
+    length = model.config.text_config.max_position_embeddings
+
+    def embed(chunk: list[str]) -> Tensor:
+        tokens = tokenizer(
+            chunk, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
+        output = model.text_model(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return model.text_projection(output.pooler_output)
+
+    return _in_chunks(embed, texts)
+
+
+def _in_chunks(
+    embed: Callable[[list[str]], Tensor], texts: Sequence[str], size: int = 64
+) -> Tensor:
+    parts = [embed(list(texts[i : i + size])) for i in range(0, len(texts), size)]
+    return nn.functional.normalize(torch.cat(parts).float(), dim=-1)
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} has no usable tokenizer: {reason}") from None
+
+
+def tokenize(path: Path, tokens: int, texts: Sequence[str]) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, (n, tokens), by the folder's tokenizer.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    made = _tokenizer(path)(
+        [text[: 200 * tokens] for text in texts],  # what is cut off anyway need not be read
+        padding="max_length",
+        truncation=True,
+        max_length=tokens,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    return {name: made[name] for name in ("input_ids", "attention_mask")}
