@@ -113,14 +113,17 @@ def _of_shares(cell: Cell, suite: Suite) -> Iterator[str]:
         if not _same(cell.utility_drop, drop):
             yield "utility_drop does not follow from its utility"
     for task, share in cell.zero_shot.items():
-        n = len(unpack_bits(cell.correct["expert"][task])) if task in cell.expert_accuracy else 0
+        n = _examples(cell, task)
         if not n or not _counted(share, n):
             yield f"zero_shot[{task}] is no share of its examples"
-    wanted = {f"{c:g}" for c in suite.fixed_coefficients} if cell.attack == "none" else set()
+    asked = cell.attack == "none" or suite.fixed_everywhere
+    wanted = {f"{c:g}" for c in suite.fixed_coefficients} if asked else set()
+    tasks = {cell.victim, *(cell.partners if suite.fixed_everywhere else ())}
     if cell.fixed.keys() != wanted:
         yield "fixed holds other coefficients than the suite's"
     for name, shares in cell.fixed.items():
-        if shares.keys() != {cell.victim} or not _counted(shares[cell.victim], cell.n_test):
+        counted = (_counted(share, _examples(cell, task)) for task, share in shares.items())
+        if shares.keys() != tasks or not all(counted):
             yield f"fixed[{name}] is no share of {cell.n_test} examples"
     if cell.benign and not (suite.benign and cell.attack == "none"):
         yield "holds benign use, for which it was not asked"
@@ -177,6 +180,11 @@ def _of_flags(cell: Cell, card: Card) -> Iterator[str]:
     for flag, raised in follow.items():
         if raised != (flag in cell.flags):
             yield f"flag {flag} does not follow from its figures"
+
+
+def _examples(cell: Cell, task: str) -> int:
+    """How many test examples of a task the cell holds outcomes of."""
+    return len(unpack_bits(cell.correct["expert"][task])) if task in cell.expert_accuracy else 0
 
 
 def _counted(share: float, n: int) -> bool:

@@ -25,7 +25,7 @@ from benchmark.pipeline.suite import Suite, load
 from benchmark.training import Recipe, fine_tune
 
 META = torch.device("meta")
-TESTBEDS = ("digits", "minilm")
+TESTBEDS = ("digits", "minilm", "dinov2-small")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

@@ -95,9 +95,8 @@ def locked(testbed: Tiny, seed: int = 0) -> State:
         permute_heads(state, block, torch.randperm(block.kv_heads, generator=rng))
         apply_qk(state, block, within(block, _invertible(block.kv_heads, block.head_dim, rng)))
         apply_vo(state, block, _invertible(block.kv_heads, block.head_dim, rng))
-    for mlp in testbed.anatomy().mlp:
-        units = len(mlp.up.weight.read(state))
-        permute_units(state, mlp, torch.randperm(units, generator=rng))
+    for units in testbed.anatomy().units:
+        permute_units(state, units, torch.randperm(units.width(state), generator=rng))
     return state
 
 

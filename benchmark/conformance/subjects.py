@@ -26,8 +26,11 @@ def expert(testbed: Tiny, task: str) -> State:
 
 
 def copies(state: State, dtype: torch.dtype, device: Device) -> State:
-    """``state`` in memory of its own."""
-    return {key: value.to(device, dtype, copy=True) for key, value in state.items()}
+    """``state`` in memory of its own; ``dtype`` is for what is floating-point."""
+    return {
+        key: value.to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
+        for key, value in state.items()
+    }
 
 
 def victim(testbed: Tiny, *, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Victim:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ from benchmark.data import Split, Task
 from benchmark.training import Recipe
 
 #: Every architecture that methods are checked on; to add one, name it here and in :func:`_module`.
-Architecture = Literal["vit", "bert", "llama"]
-ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+Architecture = Literal["vit", "bert", "llama", "resnet"]
+#: What every method is checked on. A method may take attention for granted, so a ResNet is not
+#: among them; tests/test_conv_anatomy.py runs those that work on channels on it.
+ARCHITECTURES: tuple[Architecture, ...] = ("vit", "bert", "llama")
 
 _WIDTH, _HEADS, _LAYERS, _HIDDEN = 32, 8, 2, 48
 _CLASSES, _SIZES = 3, {"train": 36, "validation": 18, "test": 24}
@@ -40,7 +42,7 @@ _SHAPE = {
 
 @dataclass(frozen=True)
 class Tiny(Testbed):
-    """A model of 2 layers and width 32 with three three-class tasks."""
+    """A model of 2 layers (or stages) and width 32 with three three-class tasks."""
 
     architecture: Architecture = "vit"
 
@@ -56,7 +58,9 @@ class Tiny(Testbed):
 
     @property
     def _embeddings(self) -> tuple[str, ...]:
-        return ("embed_tokens.",) if self.architecture == "llama" else ("embeddings.",)
+        return {"llama": ("embed_tokens.",), "resnet": ("embedder.",)}.get(
+            self.architecture, ("embeddings.",)
+        )
 
     def content_hash(self) -> str:
         return hashlib.sha256(f"tiny 2 {self.architecture}".encode()).hexdigest()
@@ -75,7 +79,12 @@ class Tiny(Testbed):
         for key, value in self.module().state_dict().items():
             gain = value.ndim == 1 and "norm" in key.lower() and key.endswith("weight")
             noise = torch.randn(value.shape, generator=rng)
-            out[key] = 1 + 0.1 * noise if gain else 0.2 * noise
+            if not value.is_floating_point():
+                out[key] = value.clone()
+            elif key.endswith("running_var"):
+                out[key] = 1 + 0.1 * noise.abs()
+            else:
+                out[key] = 1 + 0.1 * noise if gain else 0.2 * noise
         return out
 
     def task(self, name: str) -> Task:
@@ -92,7 +101,7 @@ class Tiny(Testbed):
         return Task(name, classes, **splits, head=head.contiguous(), scale=_SCALE)
 
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The mean of the last hidden states as a unit vector, (n, 32) float32."""
+        """The mean of the last hidden states over positions as a unit vector, (n, 32) float32."""
         arguments: dict[str, Any] = dict(inputs)
         if "pixel_values" in inputs:
             # A half-precision State wants half-precision images; autocast would do it otherwise.
@@ -106,17 +115,20 @@ class Tiny(Testbed):
             else:
                 arguments["use_cache"] = False
         output = torch.func.functional_call(self.module(), state, kwargs=arguments)
-        return torch.nn.functional.normalize(output.last_hidden_state.float().mean(1), dim=-1)
+        hidden = output.last_hidden_state.float()
+        if hidden.ndim == 4:  # (n, channels, height, width)
+            hidden = hidden.flatten(2).mT
+        return torch.nn.functional.normalize(hidden.mean(1), dim=-1)
 
     def _examples(self, n: int, rng: torch.Generator) -> Tensor:
-        if self.architecture == "vit":
+        if self.architecture in ("vit", "resnet"):
             return torch.randn(n, 3, _SIDE, _SIDE, generator=rng)
         return torch.randint(4, _VOCABULARY, (n, _LENGTH), generator=rng)
 
     def _split(self, prototypes: Tensor, n: int, rng: torch.Generator) -> Split:
         labels = torch.arange(n) % _CLASSES
         clean, other = prototypes[labels], self._examples(n, rng)
-        if self.architecture == "vit":
+        if self.architecture in ("vit", "resnet"):
             return Split({"pixel_values": clean + 0.5 * other}, labels)
         kept = torch.rand(n, _LENGTH, generator=rng) < 0.7
         return Split({"input_ids": torch.where(kept, clean, other)}, labels)
@@ -148,6 +160,14 @@ def _module(architecture: Architecture) -> torch.nn.Module:
         if architecture == "vit":
             vit = transformers.ViTConfig(image_size=_SIDE, patch_size=4, **_SHAPE)
             model = transformers.ViTModel(vit, add_pooling_layer=False)
+        elif architecture == "resnet":
+            resnet = transformers.ResNetConfig(
+                embedding_size=_WIDTH // 2,
+                hidden_sizes=[_WIDTH // 2, _WIDTH],
+                depths=[1, 1],
+                layer_type="basic",
+            )
+            model = transformers.ResNetModel(resnet)
         elif architecture == "bert":
             bert = transformers.BertConfig(
                 vocab_size=_VOCABULARY, max_position_embeddings=_LENGTH, **_SHAPE

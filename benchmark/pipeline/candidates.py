@@ -79,7 +79,8 @@ def merges(
 
     def prepared() -> tuple[Callable[[Setting], State], Budget]:
         states = [part.state() for part in parts]
-        knowledge = bench.knowledge(merger, group, identity, tasks=tasks) if knows else None
+        asks = knows or merger.method.reads_anatomy
+        knowledge = bench.knowledge(merger, group, identity, tasks=tasks) if asks else None
         if knows:
             bench.notify(f"{merger.spec} merges {', '.join(tasks)}")
         made = merger.method.prepare(base.state(), states, knowledge, generator(*draws))

@@ -120,7 +120,7 @@ class CellMaker:
         cell.search = attacked.search
         cell.seconds.merge = attacked.seconds
         self._score(cell, attacked, undefended, outside, planned)
-        self._merged(cell, attacked, planned)
+        self._merged(cell, attacked, planned, attack)
         if self._asks_for_tax(planned):
             test, other = self.suite.test, group.partners[0]
             cell.benign, notes = benign.tax(bench, shipped, expert, group.victim, other, test)
@@ -202,7 +202,9 @@ class CellMaker:
             cell.protection = protection(cell.gain, cell.gain_undefended, cell.gain_outside)
             cell.protection_ci = ratio_protection(cell.correct, scope=cell.testbed).interval
 
-    def _merged(self, cell: Cell, attacked: Outcome, planned: Planned) -> None:
+    def _merged(
+        self, cell: Cell, attacked: Outcome, planned: Planned, attack: Named[Attack]
+    ) -> None:
         """The best merge that uses the victim, and merges at the papers' fixed coefficients."""
         merge, group = attacked.merge, planned.group
         if merge is not None and merge.setting is not None:
@@ -216,22 +218,31 @@ class CellMaker:
                 )
             elif planned.defense.spec == self.none.spec:
                 cell.merged_accuracy = accuracies(self.rider.test(merge, group))
-        if planned.attack.spec != self.no_attack.spec:
+        self._fixed(cell, planned, attack)
+
+    def _fixed(self, cell: Cell, planned: Planned, attack: Named[Attack]) -> None:
+        """The merge at the papers' coefficients, after ``attack`` where the suite asks for that."""
+        everywhere, group, seed = self.suite.fixed_everywhere, planned.group, planned.seed
+        if not everywhere and planned.attack.spec != self.no_attack.spec:
             return
-        base, parts = made.members(
-            self.bench.recovered(planned.defense, planned.attack, group, planned.seed)
-        )
+        bench = self.bench
+        base, parts = made.members(bench.recovered(planned.defense, attack, group, seed))
+        merger = planned.merger
+        merger = Named(merger.spec, attack.method.merging(merger.method, bench.anatomy))
         settings = [Setting((c,) * len(parts)) for c in self.suite.fixed_coefficients]
-        rows = self.rider.rows(group.victim)
-        for setting, option in zip(
-            settings,
-            made.merges(
-                self.bench, planned.merger, base, parts, settings, group, planned.seed, "fixed"
-            ),
-            strict=True,
-        ):
-            right = self.bench.bits(option.content, option.build, group.victim, "test", rows)
-            cell.fixed[f"{setting.coefficients[0]:g}"] = {group.victim: float(right.mean())}
+        tasks = (group.victim, *group.partners) if everywhere else (group.victim,)
+        options = made.merges(bench, merger, base, parts, settings, group, seed, "fixed")
+        for setting, option in zip(settings, options, strict=True):
+            if attack.method.refines:
+                option = made.refined(bench, option, attack, group, seed)
+            cell.fixed[f"{setting.coefficients[0]:g}"] = {
+                task: float(
+                    bench.bits(
+                        option.content, option.build, task, "test", self.rider.rows(task)
+                    ).mean()
+                )
+                for task in tasks
+            }
 
     def _flags(self, cell: Cell, planned: Planned, released: Model, expert: Model) -> list[str]:
         undefended = planned.defense.spec == self.none.spec

@@ -66,6 +66,7 @@ def make(suite: Suite, device: torch.device) -> Plan:
         suite.fixed_coefficients,
         source_hash("benchmark.pipeline.cells"),
         *([mergers[0].spec] if suite.benign else []),  # its cells hold the tax
+        *(["fixed_everywhere"] if suite.fixed_everywhere else []),
     ]
     cells = []
     for group, seed, defense in product(suite.groups, suite.seeds, defenses):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import tomllib
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from benchmark.errors import UsageError
 from benchmark.pipeline.fingerprint import sha
+from benchmark.pipeline.published import Published
 from benchmark.specs import did_you_mean
 
 
@@ -44,6 +46,10 @@ class Suite(BaseModel):
     fixed_coefficients: tuple[float, ...] = ()
     #: Measure the benign-use tax too; users adapt the release to the group's first partner's task.
     benign: bool = False
+    #: At the fixed coefficients measure every task, and attacked cells too: what papers print.
+    fixed_everywhere: bool = False
+    #: What the papers printed, shown beside what is measured.
+    published: tuple[Published, ...] = ()
 
     @model_validator(mode="after")
     def _sane(self) -> Suite:
@@ -51,12 +57,19 @@ class Suite(BaseModel):
             raise ValueError("validation_rungs must increase")
         if self.validation_rungs[0] < 2:
             raise ValueError("the first validation rung needs at least 2 examples")
+        if self.fixed_everywhere and not self.fixed_coefficients:
+            raise ValueError("fixed_everywhere needs fixed_coefficients")
         return self
 
     @property
     def hash(self) -> str:
         """sha256 of the content: two suites with one hash ask the same question."""
-        return sha(self.model_dump(exclude={"name", "description"}))
+        # Fields younger than the first published runs count only where they ask for something.
+        later = set() if self.fixed_everywhere else {"fixed_everywhere"}
+        content = self.model_dump(exclude={"name", "description", "published", *later})
+        if self.testbed.endswith(".toml") and Path(self.testbed).is_file():
+            content["testbed"] = sha(Path(self.testbed).read_text(encoding="utf-8"))
+        return sha(content)
 
 
 def builtin() -> list[str]:
@@ -69,6 +82,8 @@ def builtin() -> list[str]:
 
 def load(name: str) -> Suite:
     """A shipped suite by name, or any TOML file by path.
+
+    A ``testbed`` that is a TOML file too is looked for beside the suite's.
 
     Raises:
         UsageError: unknown name, unreadable file, or the first wrong field.
@@ -83,7 +98,10 @@ def load(name: str) -> Suite:
     else:
         raise UsageError(f"unknown suite {name!r}{did_you_mean(name, builtin())}")
     try:
-        return Suite.model_validate(tomllib.loads(text))
+        content = tomllib.loads(text)
+        if path.suffix == ".toml":
+            _beside(content, path)
+        return Suite.model_validate(content)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"suite {name}: not valid TOML: {error}") from None
     except ValidationError as error:
@@ -93,3 +111,18 @@ def load(name: str) -> Suite:
         if first["type"] == "extra_forbidden":
             hint = did_you_mean(str(first["loc"][-1]), Suite.model_fields)
         raise UsageError(f"suite {name}: {where}: {first['msg']}{hint}") from None
+
+
+def _beside(content: dict[str, Any], path: Path) -> None:
+    """Make the path of a suite's own testbed relative to where the program runs.
+
+    Raises:
+        UsageError: the file is itself a testbed.
+    """
+    if "base" in content and "task" in content:
+        raise UsageError(
+            f"{path} is a testbed, not a suite; run a suite that says testbed = {path.name!r}"
+        )
+    testbed = content.get("testbed")
+    if isinstance(testbed, str) and testbed.endswith(".toml"):
+        content["testbed"] = str(path.parent / Path(testbed).expanduser())

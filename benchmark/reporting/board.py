@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmark.records import SCHEMA_VERSION, Status
+from benchmark.reporting.published import PublishedLine
 
 Tier = Literal["weights", "unlabeled", "labeled"]
 TIERS: tuple[Tier, ...] = ("weights", "unlabeled", "labeled")
@@ -151,7 +152,10 @@ class Row(BaseModel):
 
 
 class Leaderboard(BaseModel):
-    """Everything a report shows, computed from cells alone."""
+    """Everything a report shows, computed from cells alone.
+
+    ``published``: where the suite has such, the papers' printed figures beside what was measured.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -159,6 +163,7 @@ class Leaderboard(BaseModel):
     rows: list[Row] = Field(default_factory=list)
     matrix: list[Entry] = Field(default_factory=list)
     attack_flags: dict[str, list[str]] = Field(default_factory=dict)
+    published: list[PublishedLine] = Field(default_factory=list)
 
     def tiers(self) -> list[Tier]:
         """The tiers that some attack or merger of the run uses."""

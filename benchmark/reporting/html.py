@@ -49,7 +49,7 @@ def page(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=_percent, two=_two)
+    environment.filters.update(percent=_percent, two=_two, one=_one)
     template = resources.files("benchmark.reporting") / "templates" / "report.html.j2"
     order = [row.defense for row in board.rows]
     suite = dict(run.get("suite") or {})
@@ -86,6 +86,11 @@ def _percent(value: float | None) -> str:
 
 
 def _two(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _one(value: float | None) -> str:
+    """A value that already is in %, with two digits, as papers print them."""
     return "–" if value is None else f"{value:.2f}"
 
 
@@ -200,7 +205,9 @@ def _key(name: str) -> str:
 
 def _toml(value: Any) -> str:
     if isinstance(value, Mapping):
-        inner = ", ".join(f"{_key(str(name))} = {_toml(item)}" for name, item in value.items())
+        inner = ", ".join(
+            f"{_key(str(name))} = {_toml(item)}" for name, item in value.items() if item is not None
+        )
         return f"{{ {inner} }}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_toml(item) for item in value)}]"

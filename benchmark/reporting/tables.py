@@ -20,6 +20,7 @@ from benchmark.reporting.board import (
     Row,
     band,
 )
+from benchmark.reporting.published import PublishedLine
 from benchmark.reporting.summary import TaskLine, attacks_of, scope, task_lines, verdict
 
 LEGEND = (
@@ -236,6 +237,31 @@ def _percent(value: float | None) -> str:
     return "·" if value is None else f"{100 * value:.1f}"
 
 
+def published_table(lines: Sequence[PublishedLine]) -> Table:
+    """The papers' figures beside ours: ``printed | measured``, accuracy in %."""
+    table = _table()
+    table.add_column(_header("printed | measured, %"), ratio=1, overflow="fold")
+    for which in ("unprotected", "protected", "attacked"):
+        table.add_column(_header(which), justify="right", no_wrap=True)
+    table.add_column(_header("arXiv"), overflow="fold")
+    for line in lines:
+        name = Text(line.label)
+        if line.remark:
+            name.append(f"\n{line.remark}", "dim not bold")
+        pairs = [_pair(line, which) for which in ("unprotected", "protected", "attacked")]
+        origin = Text(f"{line.printed.arxiv}\n")
+        origin.append(f"[{line.printed.evidence}]", "dim not bold")
+        table.add_row(name, *pairs, origin)
+    return table
+
+
+def _pair(line: PublishedLine, which: str) -> str:
+    printed, measured = getattr(line.printed, which), getattr(line.measured, which)
+    if printed is None:
+        return "·"
+    return f"{printed:.1f} | {'·' if measured is None else f'{measured:.1f}'}"
+
+
 def _key() -> Text:
     names = {"holds": f"holds (≥ {HOLDS})", "partly": "partly", "broken": f"broken (< {BROKEN})"}
     text = Text()
@@ -245,7 +271,9 @@ def _key() -> Text:
 
 
 def render(cells: Iterable[Cell], board: Leaderboard, width: int = 80) -> RenderableType:
-    """Everything that ``unmergebench run`` prints at its end: tasks, matrices, ranking, notes."""
+    """Everything that ``unmergebench run`` prints at its end: tasks, matrices, ranking, notes,
+    and the papers' figures where the suite has some.
+    """
     cells = list(cells)
     if not cells:
         return Text("no cells yet")
@@ -256,6 +284,9 @@ def render(cells: Iterable[Cell], board: Leaderboard, width: int = 80) -> Render
     parts += [Text(LEGEND, "dim"), _key(), ""]
     title = "Ranking by robust protection: the least over all attacks and mergers"
     parts += [Text(title, "bold"), ranking_table(board, width), *notes(board)]
+    if board.published:
+        title = "The papers' figures beside ours, at the same shared coefficient"
+        parts += ["", Text(title, "bold"), published_table(board.published)]
     return Group(*parts)
 
 

