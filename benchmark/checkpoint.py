@@ -91,6 +91,22 @@ def compatible(state: Mapping[str, Tensor], base: Mapping[str, Tensor], what: st
     finite({key: v for key, v in state.items() if v is not base[key]}, what)
 
 
+def with_variances(merged: State) -> State:
+    """A merge whose running variances are none below 0.
+
+    A variance is merged like a weight, as a sum, which may come out negative where a release hides
+    which unit is which. 0 is the nearest variance; the free-rider who got NaN would do the same.
+    Tensors that need no change are shared.
+    """
+    if isinstance(merged, ForeignState):
+        return merged
+    if isinstance(merged, PerTask):
+        own = {task: with_variances(state) for task, state in merged.own.items()}
+        return PerTask(with_variances(merged.common), own)
+    below = [k for k, v in merged.items() if k.endswith(".running_var") and bool((v < 0).any())]
+    return {**merged, **{key: merged[key].clamp(min=0) for key in below}} if below else merged
+
+
 def merged_well(merged: State, base: Mapping[str, Tensor], what: str) -> None:
     """Check a merged model: every State in it as :func:`compatible`, a foreign one for NaN only.
 

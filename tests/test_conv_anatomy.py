@@ -16,7 +16,14 @@ from benchmark.anatomy import Anatomy, Channels, MLPBlock, permute_units
 from benchmark.anatomy.alignment import align, match_all
 from benchmark.anatomy.diagnosis import diagnose
 from benchmark.anatomy.gauge import scale_units
-from benchmark.checkpoint import State, compatible, norm, statistic, task_vector
+from benchmark.checkpoint import (
+    State,
+    compatible,
+    norm,
+    statistic,
+    task_vector,
+    with_variances,
+)
 from benchmark.conformance.scenes import scene
 from benchmark.conformance.subjects import victim
 from benchmark.conformance.testbed import Tiny
@@ -223,6 +230,22 @@ def test_a_negative_variance_is_an_error() -> None:
     broken = {**base, key: base[key] - 2 * base[key].max()}
     with pytest.raises(CheckpointError, match=f"the merge: tensor '{key}' holds a negative var"):
         compatible(broken, base, "the merge")
+
+
+def test_a_merge_of_variances_stops_at_zero() -> None:
+    """Twice an expert less the base: what a free-rider's coefficient of 2 asks for."""
+    base = setting("resnet")[2]
+    key = next(key for key in base if key.endswith("running_var"))
+    other = next(key for key in base if key.endswith("running_mean"))
+    expert = {**base, key: base[key] / 4, other: base[other] - 1}
+    method = merger("task-arithmetic").method
+    merged = method.merge(base, [expert], Setting((2.0,)), None, generator(0))
+    assert bool((merged[key] < 0).all())
+    mended = with_variances(merged)
+    compatible(mended, base, "the merge")
+    assert torch.equal(mended[key], torch.zeros_like(base[key]))
+    assert mended[other] is merged[other]
+    assert with_variances(mended) is mended
 
 
 @pytest.mark.parametrize(

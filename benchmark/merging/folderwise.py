@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmark.checkpoint import State
+from benchmark.checkpoint import State, with_variances
 from benchmark.contracts import Access, Knowledge, Merger, Setting
 from benchmark.folders import Checkpoint
 
@@ -51,4 +51,4 @@ def merge_folders(
     knowledge = None
     if merger.reads_anatomy:
         knowledge = Knowledge(Access.WEIGHTS, base.state, experts, base.anatomy)
-    return merger.merge(base.state, experts, setting, knowledge, rng), {}
+    return with_variances(merger.merge(base.state, experts, setting, knowledge, rng)), {}

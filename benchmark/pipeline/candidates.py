@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from benchmark.checkpoint import ForeignState, PerTask, State, compatible, merged_well
+from benchmark.checkpoint import (
+    ForeignState,
+    PerTask,
+    State,
+    compatible,
+    merged_well,
+    with_variances,
+)
 from benchmark.contracts import Access, Attack, Budget, Merger, Setting
 from benchmark.merging.layers import by_layer
 from benchmark.methods import Named
@@ -91,7 +98,7 @@ def merges(
             if setting.layers:
                 return by_layer(build, base.state(), setting)
             merge, budget = bench.store.recent(f"prepared:{identity}", prepared)
-            merged: State = merge(setting)
+            merged = with_variances(merge(setting))
             merged_well(merged, base.state(), f"merger {merger.spec}")
             if knows:
                 bench.store.put(f"spent:{content(setting)}", asdict(budget))
