@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmark.errors import MethodError
 from benchmark.evaluation.scoring import NO_BENEFIT, gain, protection
 
 gains = st.floats(0, 1.2)
@@ -33,6 +34,12 @@ def test_protection_falls_as_the_attacker_gains(a: float, b: float, top: float, 
 def test_protection_is_not_clipped() -> None:
     assert protection(0.4, 1.0, 0.5) == pytest.approx(1.2)
     assert protection(1.1, 1.0, 0.5) == pytest.approx(-0.2)
+
+
+def test_an_expert_that_knows_nothing_is_an_error() -> None:
+    right, wrong = np.ones(4, bool), np.zeros(4, bool)
+    with pytest.raises(MethodError, match="the expert for b answers nothing right"):
+        gain({"a": right, "b": right}, {"a": right, "b": wrong})
 
 
 def test_gain_is_the_mean_of_accuracies_over_the_experts() -> None:

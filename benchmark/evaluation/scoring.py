@@ -6,12 +6,21 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from benchmark.errors import MethodError
+
 NO_BENEFIT = 0.02
 UTILITY_GATE = 0.015
 
 
 def normalized(accuracy: Mapping[str, float], expert: Mapping[str, float]) -> dict[str, float]:
-    """Each accuracy over that task's own expert's accuracy."""
+    """Each accuracy over that task's own expert's accuracy.
+
+    Raises:
+        MethodError: an expert answers nothing right: there is no skill to take.
+    """
+    for task in accuracy:
+        if not expert[task] > 0:
+            raise MethodError(f"the expert for {task} answers nothing right; train it otherwise")
     return {task: accuracy[task] / expert[task] for task in accuracy}
 
 

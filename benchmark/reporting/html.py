@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -49,7 +50,7 @@ def page(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=_percent, two=_two, one=_one)
+    environment.filters.update(percent=percent, two=two)
     template = resources.files("benchmark.reporting") / "templates" / "report.html.j2"
     order = [row.defense for row in board.rows]
     suite = dict(run.get("suite") or {})
@@ -81,17 +82,14 @@ def page(
     )
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share for people, in %."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _two(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _one(value: float | None) -> str:
-    """A value that already is in %, with two digits, as papers print them."""
-    return "–" if value is None else f"{value:.2f}"
+def two(value: float | None) -> str:
+    """A number for people, with two digits."""
+    return "–" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def _data_uri(path: Path) -> str:

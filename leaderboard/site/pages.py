@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from benchmark.evaluation.flags import FLAGS
 from benchmark.pipeline.suite import builtin
 from benchmark.reporting.board import STANDINGS, TIERS, Entry, Leaderboard, band
 from benchmark.reporting.costs import break_curves
+from benchmark.reporting.html import percent, two
 from benchmark.reporting.plots import BLUE, PALE, VERMILION
 from benchmark.reporting.summary import attacks_of, fixed_lines, verdict
 from leaderboard.site import figures
@@ -193,7 +193,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=seen,
     )
-    made.filters.update(two=_two, percent=_percent, path=quote)
+    made.filters.update(two=two, percent=percent, path=quote)
     made.globals.update(
         FLAGS=FLAGS, STANDINGS=STANDINGS, TIERS=TIERS, MARKS=_MARKS, TRACKS=TRACKS, band=band,
         shade=shade, href=href, on_track=_tracks,
@@ -201,11 +201,3 @@ def _environment() -> Environment:
         style=Markup((resources.files("leaderboard.site") / "templates" / "site.css").read_text()),
     )  # fmt: skip
     return made
-
-
-def _two(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.2f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
