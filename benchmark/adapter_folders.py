@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmark import folders, tensorfiles
 from benchmark.checkpoint import State, compatible, finite, norm, task_vector
-from benchmark.errors import CheckpointError, UsageError
+from benchmark.errors import CheckpointError, UsageError, first_line
 from benchmark.folders import Checkpoint
 from benchmark.lowrank import Factors, rounding, thin_svd
 
@@ -131,8 +131,7 @@ def _config(path: Path) -> Any:
                 warnings.simplefilter("ignore")
                 return PeftConfig.from_pretrained(str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"cannot use {path / CONFIG}: {reason}") from None
+        raise CheckpointError(f"cannot use {path / CONFIG}: {first_line(error)}") from None
     raise CheckpointError(
         f"{path / CONFIG} sets {refused[0]}, which is no plain B·A; "
         "merge the adapter into its base with peft first"
@@ -166,8 +165,7 @@ def _merged(
         )
         plain: Any = adapted.merge_and_unload()
     except (RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} does not fit this base: {reason}") from None
+        raise CheckpointError(f"{path} does not fit this base: {first_line(error)}") from None
     return plain.state_dict(), whole
 
 
@@ -205,10 +203,10 @@ def factored(
             )
         conv = isinstance(module, Conv1D)
         floor = rounding(state[key], base.state[key])
-        u, s, v = thin_svd(delta.T if conv else delta, floor)
+        matrix = delta.T if conv else delta  # Conv1D holds (in, out)
+        u, s, v = thin_svd(matrix, floor)
         u, s, v = u[:, :rank], s[:rank], v[:rank]
-        missed = delta.double() - ((u * s) @ v).T if conv else delta.double() - (u * s) @ v
-        lost += float(missed.square().sum())
+        lost += float((matrix.double() - (u * s) @ v).square().sum())
         if len(s):
             factors[name] = u, s, v
             transposed.add(conv)

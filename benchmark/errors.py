@@ -33,3 +33,8 @@ class AccessError(UnmergeBenchError):
 
 class MethodError(UnmergeBenchError):
     """A defense, attack or merger broke its contract (its cell becomes ``error``)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

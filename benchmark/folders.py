@@ -77,12 +77,12 @@ class Checkpoint:
 
     def carried(self) -> list[Path]:
         """Small files that go along (config, tokenizer, ...), relative to the folder."""
-        return [file for file in _files(self.path) if self._carries(file)]
+        return [file for file in files_below(self.path) if self._carries(file)]
 
     def left_behind(self) -> list[Path]:
         """Files that never go along: pickles, weights in other formats, anything over 64 MiB."""
         weights = {file.name for file in self.files}
-        return [f for f in _files(self.path) if not self._carries(f) and str(f) not in weights]
+        return [f for f in files_below(self.path) if not self._carries(f) and str(f) not in weights]
 
     def _carries(self, file: Path) -> bool:
         if str(file) == _HF_INDEX:
@@ -246,7 +246,7 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def _files(path: Path) -> list[Path]:
+def files_below(path: Path) -> list[Path]:
     """Every file below ``path`` but in hidden folders (.git, .cache), relative and sorted."""
     found = []
     for folder, folders, files in os.walk(path):

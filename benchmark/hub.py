@@ -28,7 +28,7 @@ KNOWN = {
 }
 
 #: What of a model repository is of use: no pickles, no weights of other frameworks.
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt")
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True)

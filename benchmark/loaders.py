@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmark.checkpoint import State, compatible
-from benchmark.errors import CheckpointError
+from benchmark.errors import CheckpointError, first_line
 
 CLIP_CONFIG = "open_clip_config.json"
 _FIRST_TRACE = 2**20  # no buffer holds such a number; float32 is exact up to 2**24
@@ -57,8 +57,9 @@ def transformers_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str,
             _check_loaded(path, cls.__name__, info)
             traced, _ = loaded(_numbered(tensors), torch.float32)
         except (RuntimeError, ValueError, TypeError, KeyError, ImportError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{path}: {cls.__name__} cannot be loaded: {reason}") from error
+            raise CheckpointError(
+                f"{path}: {cls.__name__} cannot be loaded: {first_line(error)}"
+            ) from error
     names = _match(model, traced, list(tensors))
     weights = model.state_dict()
     for name, key in names.items():
@@ -82,8 +83,7 @@ def _architecture(path: Path) -> tuple[Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"cannot use {path / 'config.json'}: {reason}") from None
+        raise CheckpointError(f"cannot use {path / 'config.json'}: {first_line(error)}") from None
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{path} is quantised; use its full-precision checkpoint")
     for name in config.architectures or ():
@@ -150,8 +150,7 @@ def open_clip_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str, st
                 f"local-dir:{path}", load_weights=False, pretrained_text=False
             )
         except (RuntimeError, ValueError, TypeError, KeyError, OSError, AssertionError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"cannot use {path / CLIP_CONFIG}: {reason}") from None
+            raise CheckpointError(f"cannot use {path / CLIP_CONFIG}: {first_line(error)}") from None
     wanted = model.state_dict()
     reference = {  # the file's dtype is as good as the config's
         key: value.to(tensors[key].dtype) if key in tensors else value

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from benchmark.checkpoint import State
-from benchmark.errors import CheckpointError
+from benchmark.errors import CheckpointError, first_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _CONVERT = (
@@ -56,9 +56,9 @@ def read(path: Path) -> tuple[TensorFile, State]:
         # Only now: the length that opens a good file can begin with the same bytes.
         if start.startswith((b"PK\x03\x04", b"\x80")):
             raise refuse_pickle(path) from None
-        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({reason}); copy it again from its source"
+            f"{path} is not a whole safetensors file ({first_line(error)}); "
+            "copy it again from its source"
         ) from None
     table.pop("__metadata__", None)
     # Empty tensors share their offset with the next one: the end breaks the tie.

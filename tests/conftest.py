@@ -40,6 +40,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_assets(tmp_path_factory.mktemp("home") / "cache")
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints by the zoo's names, open_clip, and data sets. Never written to by a test."""
+    import declared as made
+
+    root = tmp_path_factory.mktemp("declared")
+    for name in ("vit", "clip", "clip-vision", "bert"):
+        made.checkpoint(root / name, name)
+    made.open_clip_folder(root / "open-clip")
+    made.parquet(root / "one", made.COUNTS)
+    made.imagefolder(root / "two", {"train": 50, "test": 20})
+    made.csv(root / "texts", made.COUNTS)
+    return root
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, which UNMERGEBENCH_CACHE names."""

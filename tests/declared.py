@@ -5,14 +5,34 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import zoo
 from PIL import Image
 
+from benchmark.testbeds.declared import Input, open_backbone, place
+from benchmark.testbeds.declared.backbones import Backbone
+
 CLASSES = ("dark", "light")
 WORDS = ("dark", "light", "a", "photo", "of", "night", "coal", "ink", "snow", "milk", "sun", "salt")
+COUNTS = {"train": 60, "test": 24}
+VISION = """
+name = "mine"
+base = "vit"
+side = 8
+[recipe]
+steps = 4
+learning_rate = 1e-3
+[[task]]
+name = "one"
+data = "one"
+[[task]]
+name = "two"
+data = "two"
+max_validation = 5
+"""
 
 
 def tokenizer(folder: Path) -> None:
@@ -131,3 +151,7 @@ def write(folder: Path, text: str, name: str = "testbed.toml") -> str:
 def brightness(pixels: torch.Tensor) -> torch.Tensor:
     """1 for the light images among uint8 ``pixels`` (n, 3, h, w)."""
     return (pixels.float().mean((1, 2, 3)) > 128).long()
+
+
+def backbone(folders: Path, name: str, **wanted: Any) -> Backbone:
+    return open_backbone(place(name, folders, None, "base"), Input(**wanted))

@@ -19,7 +19,7 @@ import torch
 
 from benchmark.checkpoint import State, compatible
 from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.errors import MethodError, UsageError
+from benchmark.errors import MethodError, UsageError, first_line
 from benchmark.folders import Checkpoint
 from benchmark.merging import mergekit_cli
 from benchmark.merging.folderwise import FolderMerger
@@ -227,9 +227,8 @@ def _in_memory(request: Request, states: dict[str, State], seed: int) -> State:
                 states, request.method, parameters=parameters or None, base=request.base
             )
     except Exception as error:  # whatever the tool raises is its failure, not a defense
-        first = (str(error).splitlines() or [""])[0]
         raise MethodError(
-            f"mergekit's {request.method}: {type(error).__name__}: {first}"
+            f"mergekit's {request.method}: {type(error).__name__}: {first_line(error)}"
         ) from error
     return found
 

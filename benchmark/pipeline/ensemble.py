@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from benchmark import methods
 from benchmark.contracts import Attack, Defense, Ensemble, Merger, Setting
-from benchmark.errors import MethodError, UnmergeBenchError
+from benchmark.errors import MethodError, UnmergeBenchError, first_line
 from benchmark.evaluation.scoring import accuracies
 from benchmark.methods import Named
 from benchmark.pipeline import candidates as made
@@ -76,7 +76,7 @@ def screen(
         try:
             entries[spec] = _entries(rider, defense, spec, merger, group, seed, favourite)
         except (UnmergeBenchError, Skip) as error:
-            report.failed[spec] = str(error).splitlines()[0]
+            report.failed[spec] = first_line(error)
     if not entries:
         raise MethodError(f"every attack of {attack.spec} failed: {report.failed}")
     rows = range(rider.suite.validation_rungs[0])

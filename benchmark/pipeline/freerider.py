@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmark import methods
 from benchmark.contracts import Access, Attack, Defense, Ensemble, Merger, Setting
-from benchmark.errors import MethodError, UnmergeBenchError, UsageError
+from benchmark.errors import MethodError, UnmergeBenchError, UsageError, first_line
 from benchmark.evaluation.scoring import accuracies
 from benchmark.evaluation.search import Racer, race
 from benchmark.methods import Named
@@ -177,7 +177,7 @@ class FreeRider:
             try:
                 outcome = self.situation(defense, methods.attack(spec), merger, group, seed)
             except UnmergeBenchError as error:
-                report.failed[spec] = str(error).splitlines()[0]
+                report.failed[spec] = first_line(error)
                 continue
             report.searches[spec] = outcome.search.passes
             mine = self.validated(outcome.best, expert, self._rungs())

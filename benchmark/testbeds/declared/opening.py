@@ -262,29 +262,26 @@ def _pixels(path: Path, config: Any, wanted: Input) -> Pixels:
         size = size[0]
     if own.get("do_normalize") is False:
         own |= {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-    library = _library_default(config)
-    mean = wanted.mean or own.get("image_mean") or library.image_mean
-    std = wanted.std or own.get("image_std") or library.image_std
+    mean, std = _library_default(config)
+    mean = wanted.mean or own.get("image_mean") or mean
+    std = wanted.std or own.get("image_std") or std
     return Pixels(wanted.side or int(size), tuple(mean), tuple(std))
 
 
-def _library_default(config: Any) -> Any:
+def _library_default(config: Any) -> tuple[Any, Any]:
+    """Mean and std of the architecture's image processor; CLIP's where the library has none."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
     try:
         found = IMAGE_PROCESSOR_MAPPING[type(config)]
-    except KeyError:
-        return _CLIP
-    classes = list(found.values()) if isinstance(found, dict) else list(found)
-    named = [cls for cls in classes if getattr(cls, "image_mean", None) is not None]
-    return named[0] if named else _CLIP
-
-
-class _CLIP:
-    """For a configuration that the library has no image processor for: CLIP's image part alone."""
-
-    image_mean = (0.48145466, 0.4578275, 0.40821073)
-    image_std = (0.26862954, 0.26130258, 0.27577711)
+    except KeyError:  # CLIP's image part alone
+        return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    classes = found.values() if isinstance(found, dict) else found
+    for cls in classes:
+        if getattr(cls, "image_mean", None) is not None:
+            return cls.image_mean, cls.image_std
+    return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
 def _open_clip(path: Path, wanted: Input, common: dict[str, Any]) -> ImageBackbone:

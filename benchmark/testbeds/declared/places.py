@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from benchmark.errors import AssetError, UsageError
+from benchmark.folders import files_below
+from benchmark.hub import MODEL_FILES
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
-#: What of a model repository is of use: no pickles, no weights of other frameworks.
-_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def folder(found: Place, kind: Literal["model", "dataset"] = "model") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = list(_MODEL_FILES) if kind == "model" else None
+    wanted = list(MODEL_FILES) if kind == "model" else None
     try:
         local = snapshot_download(
             found.name, repo_type=kind, revision=found.revision, allow_patterns=wanted
@@ -106,11 +106,7 @@ def hashed(path: Path) -> str:
 
 def visible(path: Path) -> list[Path]:
     """Every file below the folder ``path`` that no hidden name leads to, sorted."""
-    found = []
-    for where, folders, files in os.walk(path):
-        folders[:] = [f for f in folders if not f.startswith((".", "__pycache__"))]
-        found += [Path(where) / file for file in files if not file.startswith(".")]
-    return sorted(found)
+    return [path / file for file in files_below(path) if not file.name.startswith(".")]
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmark.errors import AssetError, UsageError
+from benchmark.errors import UsageError, first_line
 from benchmark.testbeds.declared.places import Place, folder, hashed, place, unavailable
 from benchmark.testbeds.declared.schema import Files, Part, TaskSpec
 
@@ -137,9 +137,9 @@ class Source:
         except (ValueError, OSError, KeyError, TypeError) as error:
             if isinstance(self.spec.data, str) and self._place.path is None:
                 raise unavailable(self._place, "dataset") from error
-            raise UsageError(f"task {self.spec.name}: data: {_line(error)}") from None
+            raise UsageError(f"task {self.spec.name}: data: {first_line(error)}") from None
         except datasets.exceptions.DatasetGenerationError as error:
-            reason = _line(error.__cause__ or error)
+            reason = first_line(error.__cause__ or error)
             raise UsageError(f"task {self.spec.name}: data: {reason}") from None
 
     def _from_files(
@@ -245,7 +245,9 @@ class Source:
         try:
             inputs = list(chosen[column])
         except (OSError, ValueError, SyntaxError) as error:
-            raise UsageError(f"task {self.spec.name}: unreadable image: {_line(error)}") from None
+            raise UsageError(
+                f"task {self.spec.name}: unreadable image: {first_line(error)}"
+            ) from None
         if kind == "text" and not all(isinstance(value, str) for value in inputs):
             raise UsageError(f"task {self.spec.name}: column {column!r} holds more than texts")
         return Rows(inputs, labels)
@@ -280,10 +282,3 @@ def offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-__all__ = ["AssetError", "Rows", "Source"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark.errors import CheckpointError
+from benchmark.errors import CheckpointError, first_line
 from benchmark.folders import load
 
 
@@ -54,8 +54,7 @@ def _tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} has no usable tokenizer: {reason}") from None
+        raise CheckpointError(f"{path} has no usable tokenizer: {first_line(error)}") from None
 
 
 def tokenize(path: Path, tokens: int, texts: Sequence[str]) -> dict[str, Tensor]:
