@@ -241,9 +241,13 @@ class Setting:
 
 
 class Merger(ABC):
-    """Combines experts into one model."""
+    """Combines experts into one model.
+
+    ``expected_failed_checks``: checks of :mod:`benchmark.conformance` it may fail, each with why.
+    """
 
     card: ClassVar[Card]
+    expected_failed_checks: ClassVar[Mapping[str, str]] = {}
     access: ClassVar[Access] = Access.WEIGHTS
     task_aware: ClassVar[bool] = False
     #: Draws from ``rng`` (DARE's masks); others need no result per seed.

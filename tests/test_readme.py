@@ -12,7 +12,7 @@ from conftest import Cli
 from disk import write
 from fabricated import save, suite
 
-from benchmark import folders
+from benchmark import folders, methods
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,6 +67,14 @@ def test_ci_runs_the_line_of_the_readme() -> None:
     assert any(row.startswith(line) for row in README.splitlines())
     assert re.search(r"^pip install -e '\.\[test\]' && pytest$", README, re.MULTILINE)
     assert re.search(r"^pip install -e \. && unmergebench run$", README, re.MULTILINE)
+
+
+def test_the_table_of_defenses_says_what_their_cards_say() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|.*arXiv ([\d.]+), (\w+) \| (yes|no) \|$", README, re.M)
+    assert len(rows) >= 5
+    for name, arxiv, fidelity, exact in rows:
+        card = methods.defense(name).method.card
+        assert (card.arxiv, card.fidelity, card.exact) == (arxiv, fidelity, exact == "yes"), name
 
 
 def test_links_point_to_files() -> None:

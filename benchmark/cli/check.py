@@ -33,6 +33,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
     group.command("defense")(defense)
     group.command("attack")(attack)
+    group.command("merger")(merger)
     app.add_typer(group, name="check", help="Check a method's contract on tiny models.")
 
 
@@ -92,6 +93,33 @@ def attack(
     from benchmark.conformance import ATTACK_CHECKS, check_attack
 
     _check("attack", ATTACK_CHECKS, check_attack, name, only, expect, list_checks, as_json)
+
+
+def merger(
+    name: Method = None,
+    only: Only = None,
+    expect: Expect = None,
+    list_checks: List = False,
+    as_json: Json = False,
+) -> None:
+    """Check that a merger keeps its contract and its access tier, on tiny random models.
+
+    Exit code 1 if a check fails that was not expected to. A class may declare its own
+    expected_failed_checks = {check: reason}.
+
+    [bold]Examples[/bold]
+
+      unmergebench check merger ties
+
+      unmergebench check merger 'my_merger.py:MyMerger(density=0.5)'
+
+      unmergebench check merger my_merger.py:MyMerger --only search-space --only left-out
+
+      unmergebench check merger --list
+    """
+    from benchmark.conformance import MERGER_CHECKS, check_merger
+
+    _check("merger", MERGER_CHECKS, check_merger, name, only, expect, list_checks, as_json)
 
 
 def _check(

@@ -1,9 +1,10 @@
 """Does a method keep its contract? Checks for anybody's class, on tiny models, without downloads.
 
-from benchmark.conformance import attack_checks, check_attack, check_defense, defense_checks
+from benchmark.conformance import check_attack, check_defense, check_merger, defense_checks
 
 assert check_defense("my_defense.py:MyDefense").passed
 assert check_attack("my_attack.py:MyAttack").passed
+assert check_merger("my_merger.py:MyMerger").passed
 
 @pytest.mark.parametrize(("name", "check"), defense_checks("my_defense.py:MyDefense"))
 def test_contract(name, check):
@@ -13,29 +14,35 @@ def test_contract(name, check):
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from benchmark import methods
 from benchmark.conformance import frame
 from benchmark.conformance.attacks import check as ATTACK_CHECKS
-from benchmark.conformance.case import AnyCase, warm_up
+from benchmark.conformance.case import REFUSALS, AnyCase, warm_up
 from benchmark.conformance.defenses import check as DEFENSE_CHECKS
 from benchmark.conformance.frame import CheckFailed, Checks, Outcome, Report
+from benchmark.conformance.mergers import check as MERGER_CHECKS
+from benchmark.conformance.merges import MergeCase
 from benchmark.conformance.scenes import AttackCase
 from benchmark.conformance.subjects import DefenseCase
-from benchmark.contracts import Attack, Defense
+from benchmark.contracts import Attack, Defense, Merger
+from benchmark.errors import UsageError
 from benchmark.methods import Named
 
 __all__ = [
     "ATTACK_CHECKS",
     "DEFENSE_CHECKS",
+    "MERGER_CHECKS",
     "CheckFailed",
     "Outcome",
     "Report",
     "attack_checks",
     "check_attack",
     "check_defense",
+    "check_merger",
     "defense_checks",
+    "merger_checks",
 ]
 
 Notify = Callable[[str], None]
@@ -78,6 +85,21 @@ def check_attack(
     return _report(ATTACK_CHECKS, _attack(method), only, expected_failed_checks, notify)
 
 
+def check_merger(
+    method: str | Merger,
+    *,
+    only: Collection[str] = (),
+    expected_failed_checks: Mapping[str, str] | None = None,
+    notify: Notify = _silent,
+) -> Report:
+    """Check a merger. Arguments and errors as of :func:`check_defense`.
+
+    Raises:
+        UsageError: also if it refuses to merge two models.
+    """
+    return _report(MERGER_CHECKS, _merger(method), only, expected_failed_checks, notify)
+
+
 def defense_checks(
     method: str | Defense, *, expected_failed_checks: Mapping[str, str] | None = None
 ) -> Tests:
@@ -96,6 +118,13 @@ def attack_checks(
     return _tests(ATTACK_CHECKS, _attack(method), expected_failed_checks)
 
 
+def merger_checks(
+    method: str | Merger, *, expected_failed_checks: Mapping[str, str] | None = None
+) -> Tests:
+    """As :func:`defense_checks`, for a merger."""
+    return _tests(MERGER_CHECKS, _merger(method), expected_failed_checks)
+
+
 def _defense(method: str | Defense) -> DefenseCase:
     if isinstance(method, str):
         return DefenseCase(methods.defense(method))
@@ -106,6 +135,18 @@ def _attack(method: str | Attack) -> AttackCase:
     if isinstance(method, str):
         return AttackCase(methods.attack(method))
     return AttackCase(Named(type(method).__name__, method))
+
+
+def _merger(method: str | Merger) -> MergeCase:
+    named = methods.merger(method) if isinstance(method, str) else None
+    named = named or Named(type(method).__name__, cast(Merger, method))
+    try:
+        named.method.search_space(2)
+    except REFUSALS as refusal:
+        raise UsageError(f"{named.spec} merges no two models: {refusal}") from None
+    except Exception:
+        pass  # the check `search-space` tells
+    return MergeCase(named)
 
 
 def _report(

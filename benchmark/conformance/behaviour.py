@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmark import checkpoint
-from benchmark.checkpoint import ForeignState, State, compatible, digest
+from benchmark.checkpoint import ForeignState, State, digest, merged_well
 from benchmark.conformance import guards
 from benchmark.conformance.case import REFUSALS, AnyCase, Result
 from benchmark.conformance.definition import random_states_kept, settings_kept
@@ -36,9 +36,10 @@ def same_tensors(case: AnyCase) -> None:
     """The result has the base's keys, shapes and dtypes, as plain tensors without gradients."""
     base = case.testbed.base()
     for name, state in case.result.items():
-        if isinstance(state, ForeignState) or type(state) is not dict:
+        if type(state) is dict:
+            fits({key: value.nan_to_num() for key, value in state.items()}, base, name)
+        elif not (case.several and isinstance(state, ForeignState)):
             raise CheckFailed(f"{name} is a {type(state).__name__}; mergers want a plain dict")
-        fits({key: value.nan_to_num() for key, value in state.items()}, base, name)
         for key, value in state.items():
             if value.requires_grad:
                 raise CheckFailed(f"{name}: tensor {key!r} requires gradients; detach it")
@@ -165,7 +166,7 @@ def device(case: AnyCase) -> str:
     fit(result, case.testbed.base())
     if case.trains:
         return f"{other.type}: runs (training there is not compared)"
-    return f"{other.type}: {_near(result, case.result, ROUNDING, str(other))}"
+    return f"{other.type}: {near(result, case.result, ROUNDING, str(other))}"
 
 
 @check
@@ -188,7 +189,7 @@ def threads(case: AnyCase) -> str:
         torch.set_num_threads(count)
         made.append(case.run())
     limit = ROUNDING_TRAINED if case.trains else ROUNDING
-    return _near(made[1], made[0], limit, "two threads")
+    return near(made[1], made[0], limit, "two threads")
 
 
 @check
@@ -235,7 +236,7 @@ def other_device() -> torch.device | None:
 def fits(state: State, base: State, name: str) -> None:
     """Fail unless ``state`` can stand in for ``base``."""
     try:
-        compatible(state, base, name)
+        merged_well(state, base, name)
     except CheckpointError as error:
         raise CheckFailed(str(error)) from None
 
@@ -264,7 +265,7 @@ def _copied(case: AnyCase, again: object) -> None:
     equal(case.run(method=again), case.result, "the copy")
 
 
-def _near(result: Result, reference: Result, limit: float, what: str) -> str:
+def near(result: Result, reference: Result, limit: float, what: str) -> str:
     """Fail if a tensor is off by more than ``limit`` of its norm; else say by how much."""
     worst = 0.0
     for name, state in reference.items():

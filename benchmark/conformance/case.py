@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from benchmark.checkpoint import State, to_device
+from benchmark.checkpoint import ForeignState, State, to_device
 from benchmark.conformance.frame import CheckFailed
 from benchmark.conformance.guards import reseed
 from benchmark.conformance.testbed import ARCHITECTURES, Architecture, Tiny
@@ -62,6 +62,11 @@ class Case(ABC, Generic[M, I]):
     @abstractmethod
     def trains(self) -> bool:
         """Whether it trains, which multiplies rounding."""
+
+    @property
+    def several(self) -> bool:
+        """Whether a State of its result may hold several models: of a task-aware merger."""
+        return False
 
     def excuses_draws(self, inputs: I) -> str | None:
         """Why draws of a finished call need not show in its result, or None."""
@@ -143,7 +148,12 @@ class Case(ABC, Generic[M, I]):
             for key, value in state.items():
                 if value.device.type != device.type:
                     raise CheckFailed(f"on {device}, tensor {key!r} of {name} is on {value.device}")
-        return {name: to_device(state, "cpu") for name, state in result.items()}
+        return {
+            name: ForeignState(to_device(state, "cpu"), state.forward)
+            if isinstance(state, ForeignState)
+            else to_device(state, "cpu")
+            for name, state in result.items()
+        }
 
 
 AnyCase = Case[Any, Any]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from benchmark.checkpoint import ForeignState, State, add, digest, task_vector
 from benchmark.conformance.case import Case, Device, Result
 from benchmark.conformance.subjects import copies, data_of, expert
 from benchmark.conformance.testbed import Tiny
-from benchmark.contracts import Access, Attack, Knowledge
+from benchmark.contracts import Access, Attack, Knowledge, Merger
 from benchmark.data import Split, Task
 from benchmark.methods import merger
 from benchmark.training import Loss, Recipe, fine_tune
@@ -120,11 +121,38 @@ def scene(
         return copies(state, dtype, device)
 
     names = testbed.tasks[: 1 + partners]
+    tasks = tasks_of(testbed, names, access, hide=hide, device=device)
+    first, base = expert(testbed, names[0]), testbed.base()
+    second = ours(locked(testbed, 1) if lock else first)
+
+    partners_own = [ours(expert(testbed, name)) for name in names[1:]]
+    knowledge = knowing(testbed, tasks, access, ours(base), partners_own, second=lambda: second)
+    merged = add(base, task_vector(first, base), 0.5)
+    released = ours(locked(testbed) if lock else first)
+    return Scene(released, second, ours(merged), knowledge, tasks)
+
+
+def tasks_of(
+    testbed: Tiny, names: Sequence[str], access: Access, *, hide: bool = False, device: Device
+) -> dict[str, Task]:
+    """Tasks by name; with ``hide``, all that ``access`` does not give is another."""
     tasks = {name: testbed.task(name).to(device) for name in names}
     if hide:
         tasks = {name: _hidden(task, access < Access.LABELED) for name, task in tasks.items()}
-    first, base = expert(testbed, names[0]), testbed.base()
-    second = ours(locked(testbed, 1) if lock else first)
+    return tasks
+
+
+def knowing(
+    testbed: Tiny,
+    tasks: Mapping[str, Task],
+    access: Access,
+    base: State,
+    partners: Sequence[State],
+    *,
+    second: Callable[[], State] | None = None,
+    task_id: bool = False,
+) -> Logged:
+    """What a method may know that is granted ``access``."""
 
     def train(
         start: State,
@@ -136,35 +164,66 @@ def scene(
     ) -> State:
         return fine_tune(testbed, tasks, start, examples, rng, recipe=recipe, loss=loss)
 
-    knowledge = Logged(
+    return Logged(
         access,
-        ours(base),
-        [ours(expert(testbed, name)) for name in names[1:]],
+        base,
+        partners,
         testbed.anatomy(),
-        tasks=tasks if access > Access.WEIGHTS else None,
+        tasks=tasks if access > Access.WEIGHTS or task_id else None,
         recipe=testbed.recipe,
         fine_tune=train,
         features=testbed.features,
         module=testbed.module(),
-        second=lambda: second,
+        second=second,
         flops_per_example=1.0,
+        task_id=task_id,
     )
-    merged = add(base, task_vector(first, base), 0.5)
-    released = ours(locked(testbed) if lock else first)
-    return Scene(released, second, ours(merged), knowledge, tasks)
 
 
-class AttackCase(Case[Attack, Scene]):
-    """One attack under check, granted the access it declares."""
+class Informed(Protocol):
+    """Inputs with what the free-rider knows."""
+
+    @property
+    def knowledge(self) -> Logged: ...
+
+
+M = TypeVar("M", Attack, Merger)
+I = TypeVar("I", bound=Informed)  # noqa: E741
+
+
+class FreeRiderCase(Case[M, I]):
+    """A method that a free-rider runs, under check, granted the access it declares."""
+
+    @abstractmethod
+    def scene(
+        self, testbed: Tiny | None = None, *, access: Access | None = None, hide: bool = False
+    ) -> I:
+        """Fresh inputs for one call. ``access`` is the declared one unless given; with ``hide``,
+        all that it does not give is another."""
+
+    def excuses_draws(self, inputs: I) -> str | None:
+        exhausted = inputs.knowledge.log.exhausted
+        return "is given every example there is: draws decide their order" if exhausted else None
+
+    @property
+    def trains(self) -> bool:
+        return self.method.card.trains or self.method.access > Access.WEIGHTS
+
+
+class AttackCase(FreeRiderCase[Attack, Scene]):
+    """One attack under check."""
 
     def inputs(
         self, testbed: Tiny, *, dtype: torch.dtype = torch.float32, device: Device = "cpu"
     ) -> Scene:
         return self.scene(testbed, dtype=dtype, device=device)
 
-    def scene(self, testbed: Tiny | None = None, **options: Any) -> Scene:
-        """:func:`scene` with the declared access."""
-        return scene(testbed or self.testbed, self.method.access, **options)
+    def scene(
+        self, testbed: Tiny | None = None, *, access: Access | None = None, **options: Any
+    ) -> Scene:
+        """:func:`scene` with the declared access unless another is given."""
+        granted = self.method.access if access is None else access
+        return scene(testbed or self.testbed, granted, **options)
 
     def call(self, method: Attack, inputs: Scene, rng: torch.Generator) -> Result:
         members = method.members(inputs.released, inputs.knowledge, rng)
@@ -183,10 +242,6 @@ class AttackCase(Case[Attack, Scene]):
         wrapped.prepare(members.base, experts, None, rng)(wrapped.search_space(len(experts))[-1])
         attack.refine(inputs.merged, known, rng)
 
-    def excuses_draws(self, inputs: Scene) -> str | None:
-        exhausted = inputs.knowledge.log.exhausted
-        return "is given every example there is: draws decide their order" if exhausted else None
-
     def states(self, inputs: Scene) -> tuple[State, ...]:
         known = inputs.knowledge
         return known.base, inputs.released, *known.partners, inputs.second, inputs.merged
@@ -202,10 +257,6 @@ class AttackCase(Case[Attack, Scene]):
         }
         hashes = {name: digest(state) for name, state in states.items()}
         return hashes | data_of(inputs.tasks.values())
-
-    @property
-    def trains(self) -> bool:
-        return self.method.card.trains or self.method.access > Access.WEIGHTS
 
 
 def _hidden(task: Task, labels: bool) -> Task:
