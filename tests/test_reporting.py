@@ -88,6 +88,16 @@ def test_break_cost_is_access_then_examples_then_seconds() -> None:
     assert row(rank(cells[3:], cards), "params").broken_by is None
 
 
+def test_where_no_attack_is_needed_a_faster_one_does_not_stand_for_it() -> None:
+    cells = [
+        cell("params", "none", protection=0.4, seconds={"recover": 0.002}),
+        cell("params", "nominal-pin", protection=0.3, seconds={"recover": 0.001}),
+    ]
+    found = row(rank(cells, cards), "params").broken_by
+    assert found is not None
+    assert found.attack == "none"
+
+
 def test_ranks_and_ties() -> None:
     cells = [
         *grid("one", 0.95),
