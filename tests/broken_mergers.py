@@ -7,7 +7,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -16,6 +16,16 @@ from benchmark.contracts import Access, Card, Knowledge, Merger, Setting
 from benchmark.errors import AccessError
 
 CARD = Card("for a test")
+
+
+class Call(NamedTuple):
+    """The arguments of ``merge``."""
+
+    base: State
+    experts: Sequence[State]
+    setting: Setting
+    knowledge: Knowledge | None
+    rng: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ class Sound(Merger):
         knowledge: Knowledge | None,
         rng: torch.Generator,
     ) -> State:
+        return self.made(Call(base, experts, setting, knowledge, rng))
+
+    def made(self, call: Call) -> State:
+        base, experts, setting, _, rng = call
         out = dict(base)
         for key, value in base.items():
             if value.is_floating_point():
@@ -61,37 +75,23 @@ class SoundDraws(Sound):
 class SoundPerTask(Sound):
     task_aware: ClassVar[bool] = True
 
-    def merge(
-        self,
-        base: State,
-        experts: Sequence[State],
-        setting: Setting,
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> State:
-        assert knowledge is not None
-        merged = super().merge(base, experts, setting, knowledge, rng)
-        chosen = [i for i, c in enumerate(setting.coefficients) if c]
-        return PerTask(merged, {knowledge.tasks()[i]: dict(experts[i]) for i in chosen})
+    def made(self, call: Call) -> State:
+        assert call.knowledge is not None
+        merged = super().made(call)
+        chosen = [i for i, c in enumerate(call.setting.coefficients) if c]
+        return PerTask(merged, {call.knowledge.tasks()[i]: dict(call.experts[i]) for i in chosen})
 
 
 @dataclass(frozen=True)
 class SoundWithData(Sound):
     access: ClassVar[Access] = Access.UNLABELED
 
-    def merge(
-        self,
-        base: State,
-        experts: Sequence[State],
-        setting: Setting,
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> State:
-        assert knowledge is not None
-        seen = knowledge.unlabeled(2, rng)[knowledge.tasks()[0]]
+    def made(self, call: Call) -> State:
+        assert call.knowledge is not None
+        seen = call.knowledge.unlabeled(2, call.rng)[call.knowledge.tasks()[0]]
         total = sum(float(value.double().sum()) for value in seen.values())
-        shifted = Setting(tuple(c * (1 + 1e-3 * total) for c in setting.coefficients))
-        return super().merge(base, experts, shifted, knowledge, rng)
+        shifted = Setting(tuple(c * (1 + 1e-3 * total) for c in call.setting.coefficients))
+        return super().made(call._replace(setting=shifted))
 
 
 BROKEN: list[tuple[type[Merger], set[str]]] = []
@@ -151,16 +151,9 @@ class LooksAtEverybody(Sound):
 class CountsEverybody(Sound):
     """Divides by how many models there are, used or not."""
 
-    def merge(
-        self,
-        base: State,
-        experts: Sequence[State],
-        setting: Setting,
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> State:
-        shares = Setting(tuple(c / len(experts) for c in setting.coefficients))
-        return super().merge(base, experts, shares, knowledge, rng)
+    def made(self, call: Call) -> State:
+        shares = Setting(tuple(c / len(call.experts) for c in call.setting.coefficients))
+        return super().made(call._replace(setting=shares))
 
 
 class _Prepared(Sound):
@@ -207,15 +200,8 @@ class DrawsInSecret(SoundDraws):
 @breaks("no-task-vectors")
 @dataclass(frozen=True)
 class MovesTheBase(Sound):
-    def merge(
-        self,
-        base: State,
-        experts: Sequence[State],
-        setting: Setting,
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> State:
-        merged = super().merge(base, experts, setting, knowledge, rng)
+    def made(self, call: Call) -> State:
+        merged = super().made(call)
         return {
             key: 1.5 * value if value.ndim > 1 and value.is_floating_point() else value
             for key, value in merged.items()
@@ -227,17 +213,10 @@ class MovesTheBase(Sound):
 class TwoOnly(Sound):
     """It says that it merges three."""
 
-    def merge(
-        self,
-        base: State,
-        experts: Sequence[State],
-        setting: Setting,
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> State:
-        if len(experts) > 2:
+    def made(self, call: Call) -> State:
+        if len(call.experts) > 2:
             raise ValueError("too many")
-        return super().merge(base, experts, setting, knowledge, rng)
+        return super().made(call)
 
 
 @breaks("convolutions")
@@ -245,15 +224,8 @@ class TwoOnly(Sound):
 class CountsInFractions(Sound):
     """Counters of a batch norm come out as floating-point numbers."""
 
-    def merge(
-        self,
-        base: State,
-        experts: Sequence[State],
-        setting: Setting,
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> State:
-        merged = super().merge(base, experts, setting, knowledge, rng)
+    def made(self, call: Call) -> State:
+        merged = super().made(call)
         return {k: v if v.is_floating_point() else v.float() for k, v in merged.items()}
 
 
@@ -270,47 +242,26 @@ class Explodes(Sound):
 class SeveralModels(Sound):
     """Needs to be told the task, and does not say so."""
 
-    def merge(
-        self,
-        base: State,
-        experts: Sequence[State],
-        setting: Setting,
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> State:
-        merged = super().merge(base, experts, setting, knowledge, rng)
+    def made(self, call: Call) -> State:
+        merged = super().made(call)
         return PerTask(merged, {"first": dict(merged)})
 
 
 @breaks("access-tier")
 @dataclass(frozen=True)
 class AsksForLabels(SoundWithData):
-    def merge(
-        self,
-        base: State,
-        experts: Sequence[State],
-        setting: Setting,
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> State:
-        assert knowledge is not None
+    def made(self, call: Call) -> State:
+        assert call.knowledge is not None
         with contextlib.suppress(AccessError):
-            knowledge.labeled(1, rng)
-        return super().merge(base, experts, setting, knowledge, rng)
+            call.knowledge.labeled(1, call.rng)
+        return super().made(call)
 
 
 @breaks("budget")
 @dataclass(frozen=True)
 class StepsForFree(SoundWithData):
-    def merge(
-        self,
-        base: State,
-        experts: Sequence[State],
-        setting: Setting,
-        knowledge: Knowledge | None,
-        rng: torch.Generator,
-    ) -> State:
+    def made(self, call: Call) -> State:
         weight = torch.zeros(1, requires_grad=True)
         weight.grad = torch.ones(1)
         torch.optim.SGD([weight], lr=0.1).step()
-        return super().merge(base, experts, setting, knowledge, rng)
+        return super().made(call)
