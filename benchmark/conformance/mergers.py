@@ -41,8 +41,8 @@ def search_space(case: MergeCase) -> str:
         _settings(found, members)
         if case.method.search_space(members) != found:
             raise CheckFailed(f"the search space for {members} members differs between two calls")
-        said.append(f"{len(found)} settings for {members} members")
-    return ", ".join(said)
+        said.append(f"{len(found)} for {members} members")
+    return f"settings: {', '.join(said)}"
 
 
 @check
