@@ -100,7 +100,7 @@ def _source(entry: Entry, verdict: Verdict, trusted: Collection[str]) -> bool:
     if named.method.card.role != "method":
         verdict.wrong(f"{spec} is a {named.method.card.role}, which has no rank")
     if sha(method_key(named.method)) != entry.defense.source_sha256:
-        verdict.notes.append(f"{spec} was edited since: the source here is another one")
+        verdict.notes.append(f"{spec}, or code of this project that it imports, was edited since")
     return True
 
 

@@ -30,3 +30,11 @@ def test_the_published_defenses_have_entries(suite: str) -> None:
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_an_entry_is_sound(path: Path) -> None:
     assert verify(folder.read(path), path=path).reasons == []
+
+
+def test_a_reader_is_told_that_the_source_is_another_one() -> None:
+    entry = folder.read(PATHS[0])
+    other = entry.defense.model_copy(update={"source_sha256": "0" * 64})
+    found = verify(entry.model_copy(update={"defense": other}))
+    assert any("was edited since" in note for note in found.notes)
+    assert found.reasons == []
