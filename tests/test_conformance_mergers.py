@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from unittest import SkipTest
 
 import pytest
@@ -26,7 +27,7 @@ from benchmark.conformance import (
     merger_checks,
 )
 from benchmark.contracts import Merger
-from benchmark.errors import UsageError
+from benchmark.errors import MethodError, UsageError
 from benchmark.methods import MERGERS
 
 NAMES = tuple(check.name for check in MERGER_CHECKS.all())
@@ -97,13 +98,19 @@ def test_the_device_check_takes_models_made_of_several(monkeypatch: pytest.Monke
         assert check_merger(spec, only=["device"]).outcomes[0].status == "passed"
 
 
-def test_a_merger_of_one_model_cannot_be_checked(cli: Cli) -> None:
+def test_a_merger_of_one_model_cannot_be_checked() -> None:
     class One(Sound):
         def search_space(self, members: int) -> list:  # type: ignore[type-arg]
-            raise UsageError("one model only")
+            raise MethodError("one model only")
 
     with pytest.raises(UsageError, match="One merges no two models: one model only"):
         check_merger(One())
+
+
+def test_what_is_not_installed_is_not_taken_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mergekit.merge_methods", None)
+    with pytest.raises(UsageError, match="^mergekit is not installed: pip install"):
+        check_merger("mergekit/ties")
 
 
 def test_as_parametrized_tests() -> None:

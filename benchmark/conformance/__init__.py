@@ -19,7 +19,7 @@ from typing import TypeVar, cast
 from benchmark import methods
 from benchmark.conformance import frame
 from benchmark.conformance.attacks import check as ATTACK_CHECKS
-from benchmark.conformance.case import REFUSALS, AnyCase, warm_up
+from benchmark.conformance.case import AnyCase, warm_up
 from benchmark.conformance.defenses import check as DEFENSE_CHECKS
 from benchmark.conformance.frame import CheckFailed, Checks, Outcome, Report
 from benchmark.conformance.mergers import check as MERGER_CHECKS
@@ -27,7 +27,7 @@ from benchmark.conformance.merges import MergeCase
 from benchmark.conformance.scenes import AttackCase
 from benchmark.conformance.subjects import DefenseCase
 from benchmark.contracts import Attack, Defense, Merger
-from benchmark.errors import UsageError
+from benchmark.errors import MethodError, UsageError
 from benchmark.methods import Named
 
 __all__ = [
@@ -142,7 +142,9 @@ def _merger(method: str | Merger) -> MergeCase:
     named = named or Named(type(method).__name__, cast(Merger, method))
     try:
         named.method.search_space(2)
-    except REFUSALS as refusal:
+    except UsageError:
+        raise  # something it needs is not installed
+    except MethodError as refusal:
         raise UsageError(f"{named.spec} merges no two models: {refusal}") from None
     except Exception:
         pass  # the check `search-space` tells
