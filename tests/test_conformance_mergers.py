@@ -34,10 +34,10 @@ NAMES = tuple(check.name for check in MERGER_CHECKS.all())
 
 #: The same mergers with less data and training.
 QUICK = {
-    "adamerging": "adamerging(per_task=8,steps=2)",
+    "adamerging": "adamerging(per_task=2,steps=1)",
     "fisher": "fisher(per_task=2)",
     "neulig": "neulig(steps=2)",
-    "prodistill": "prodistill(per_task=4,steps=2)",
+    "prodistill": "prodistill(per_task=2,steps=1)",
 }
 VARIANTS = ("ties(scope=tensor)", "task-arithmetic(per=layer)", "fisher(per_task=2,labels=sampled)")
 OWN = [name for name in MERGERS.names() if not name.startswith("mergekit/")]
