@@ -202,8 +202,7 @@ class MergeKit(GridMerger, FolderMerger):
     def _checked(
         self, out: State, request: Request, base: State, experts: Sequence[State]
     ) -> State:
-        # Some methods answer half precision in float32; the tool's files have one dtype.
-        out = {k: v.to(base[k].dtype) if k in base else v for k, v in out.items()}
+        out = {k: _narrow(v, base[k].dtype) if k in base else v for k, v in out.items()}
         compatible(out, base, f"mergekit's {self.method}")
         check(out, request, base, _models(request, base, experts))
         return {key: _whole(out[key]) for key in base}
@@ -237,6 +236,12 @@ def _in_memory(request: Request, states: dict[str, State], seed: int) -> State:
             f"mergekit's {request.method}: {type(error).__name__}: {first_line(error)}"
         ) from error
     return found
+
+
+def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some methods answer half precision in float32, which the tool itself would write as half."""
+    half = dtype in (torch.bfloat16, torch.float16) and value.dtype == torch.float32
+    return value.to(dtype) if half else value
 
 
 def _whole(value: Tensor) -> Tensor:
