@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,28 @@ def test_two_threads_that_want_one_state_make_it_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert made == [1]
+
+
+def test_a_store_is_opened_by_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite does not wait for one that turns the same new file to its write-ahead log."""
+    connect, opening, most = Store._connect, [], []
+
+    def slowly(path: Path) -> sqlite3.Connection:
+        opening.append(path)
+        most.append(len(opening))
+        time.sleep(0.1)
+        opening.pop()
+        return connect(path)
+
+    monkeypatch.setattr(Store, "_connect", staticmethod(slowly))
+    threads = [threading.Thread(target=lambda: Store(tmp_path).close()) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
 
 
 def test_results_survive_reopening(tmp_path: Path) -> None:

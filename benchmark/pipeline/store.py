@@ -37,7 +37,9 @@ class Store:
         root.mkdir(parents=True, exist_ok=True)
         self._recent: OrderedDict[str, Any] = OrderedDict()
         self.memory = memory
-        self._database = self._open(root / "results.sqlite")
+        # SQLite waits for locks, but not for the one that a new file's write-ahead log takes.
+        with FileLock(root / ".opening.lock"):
+            self._database = self._open(root / "results.sqlite")
 
     def _open(self, path: Path) -> sqlite3.Connection:
         try:
