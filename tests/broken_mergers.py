@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -173,8 +174,8 @@ class _Prepared(Sound):
 
         return merged
 
-    def factor(self, tried: int) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def factor(self, tried: int) -> float: ...
 
 
 @breaks("order-of-settings")

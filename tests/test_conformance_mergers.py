@@ -26,7 +26,7 @@ from benchmark.conformance import (
     check_merger,
     merger_checks,
 )
-from benchmark.contracts import Merger
+from benchmark.contracts import Merger, Setting
 from benchmark.errors import MethodError, UsageError
 from benchmark.methods import MERGERS
 
@@ -100,7 +100,7 @@ def test_the_device_check_takes_models_made_of_several(monkeypatch: pytest.Monke
 
 def test_a_merger_of_one_model_cannot_be_checked() -> None:
     class One(Sound):
-        def search_space(self, members: int) -> list:  # type: ignore[type-arg]
+        def search_space(self, members: int) -> list[Setting]:
             raise MethodError("one model only")
 
     with pytest.raises(UsageError, match="One merges no two models: one model only"):

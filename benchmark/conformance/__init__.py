@@ -14,7 +14,7 @@ def test_contract(name, check):
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from benchmark import methods
 from benchmark.conformance import frame
@@ -48,6 +48,7 @@ __all__ = [
 Notify = Callable[[str], None]
 Tests = Iterator[tuple[str, Callable[[], None]]]
 C = TypeVar("C", bound=AnyCase)
+M = TypeVar("M", Defense, Attack, Merger)
 
 
 def _silent(name: str) -> None:
@@ -125,21 +126,20 @@ def merger_checks(
     return _tests(MERGER_CHECKS, _merger(method), expected_failed_checks)
 
 
+def _named(method: str | M, resolve: Callable[[str], Named[M]]) -> Named[M]:
+    return resolve(method) if isinstance(method, str) else Named(type(method).__name__, method)
+
+
 def _defense(method: str | Defense) -> DefenseCase:
-    if isinstance(method, str):
-        return DefenseCase(methods.defense(method))
-    return DefenseCase(Named(type(method).__name__, method))
+    return DefenseCase(_named(method, methods.defense))
 
 
 def _attack(method: str | Attack) -> AttackCase:
-    if isinstance(method, str):
-        return AttackCase(methods.attack(method))
-    return AttackCase(Named(type(method).__name__, method))
+    return AttackCase(_named(method, methods.attack))
 
 
 def _merger(method: str | Merger) -> MergeCase:
-    named = methods.merger(method) if isinstance(method, str) else None
-    named = named or Named(type(method).__name__, cast(Merger, method))
+    named = _named(method, methods.merger)
     try:
         named.method.search_space(2)
     except UsageError:

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import torch
 
-from benchmark.checkpoint import State, to_device, with_variances
+from benchmark.checkpoint import State, with_variances
 from benchmark.conformance import behaviour, definition, tiers
 from benchmark.conformance.behaviour import ROUNDING, equal, fit, near
 from benchmark.conformance.case import REFUSALS
 from benchmark.conformance.frame import CheckFailed, Checks
 from benchmark.conformance.merges import MergeCase, Merging, words
-from benchmark.conformance.subjects import copies, expert
+from benchmark.conformance.subjects import accuracy, expert, logits
 from benchmark.conformance.testbed import Tiny
 from benchmark.contracts import Setting
-from benchmark.evaluation.accuracy import Evaluator, relative_gap
+from benchmark.evaluation.accuracy import relative_gap
 
 #: ‖ΔW‖ / ‖W‖ of one merge computed in two ways.
 SAME = 1e-5
@@ -55,9 +55,9 @@ def left_out(case: MergeCase) -> str | None:
     except REFUSALS as refusal:
         return f"refuses: {refusal}"
     other = replace(inputs, experts=(inputs.experts[0], _far(inputs.experts[1])))
-    name = f"the merge at {words(setting)}"
+    expected = case.named(merged, setting)
     what = "another expert at coefficient 0"
-    near(case.named(case.merged(other, setting), name), case.named(merged, name), SAME, what)
+    near(case.named(case.merged(other, setting), setting), expected, SAME, what)
     if case.knows or case.method.stochastic:
         return None  # draws and data belong to the places of members
     alone = replace(inputs, experts=inputs.experts[:1])
@@ -67,7 +67,7 @@ def left_out(case: MergeCase) -> str | None:
     except REFUSALS as refusal:
         return f"refuses one member: {refusal}"
     what = "one member alone, instead of another at 0,"
-    return near(case.named(found, name), case.named(merged, name), SAME, what)
+    return near(case.named(found, setting), expected, SAME, what)
 
 
 @check
@@ -76,16 +76,13 @@ def order_of_settings(case: MergeCase) -> None:
     inputs, settings = case.scene(), case.tried()
     merge = case.prepared(inputs, torch.Generator().manual_seed(0))
     for setting in [*reversed(settings), settings[-1]]:
-        name = f"the merge at {words(setting)}"
-        expected = {key: state for key, state in case.result.items() if key.startswith(name)}
-        equal(case.named(merge(setting), name), expected, "another order of settings")
-    (setting, *_), inputs = (s for s in settings if not s.layers), case.scene()
-    known = inputs.knowledge if case.knows or case.method.reads_anatomy else None
+        found = case.named(merge(setting), setting)
+        equal(found, {name: case.result[name] for name in found}, "another order of settings")
+    setting, inputs = next(s for s in settings if not s.layers), case.scene()
     rng = torch.Generator().manual_seed(0)
-    merged = case.method.merge(inputs.base, inputs.experts, setting, known, rng)
-    name = f"the merge at {words(setting)}"
-    expected = {key: state for key, state in case.result.items() if key.startswith(name)}
-    equal(case.named(merged, name), expected, "merge, unlike prepare,")
+    merged = case.method.merge(inputs.base, inputs.experts, setting, case.told(inputs), rng)
+    found = case.named(merged, setting)
+    equal(found, {name: case.result[name] for name in found}, "merge, unlike prepare,")
 
 
 @check
@@ -106,15 +103,15 @@ def stochastic(case: MergeCase) -> str | None:
 def no_task_vectors(case: MergeCase) -> str | None:
     """Where no member differs from the base the merge computes the base, or it is refused."""
     inputs = case.scene()
-    same = tuple(to_device(inputs.base, "cpu") for _ in inputs.experts)
-    inputs = replace(inputs, experts=same)
+    inputs = replace(inputs, experts=tuple(dict(inputs.base) for _ in inputs.experts))
+    architecture = case.testbed.architecture
     for setting in case.tried():
         try:
             merged = case.merged(inputs, setting)
         except REFUSALS as refusal:
             return f"refuses: {refusal}"
         for task in inputs.tasks:
-            gap = relative_gap(_logits(case, merged, task), _logits(case, inputs.base, task))
+            gap = relative_gap(*(logits(architecture, s, task) for s in (merged, inputs.base)))
             if not gap <= ROUNDING:
                 raise CheckFailed(
                     f"at {words(setting)} its logits on {task} are {gap:.1e} of the largest away "
@@ -132,21 +129,19 @@ def members(case: MergeCase) -> str:
         return f"refuses: {refusal}"
     inputs = case.scene(members=("first", "second", "third"))
     merged = case.merged(inputs, setting)
-    name = f"the merge at {words(setting)}"
-    fit(case.named(merged, name), inputs.base)
+    fit(case.named(merged, setting), inputs.base)
     return _skills(case, inputs, [merged])
 
 
 @check
 def convolutions(case: MergeCase) -> str | None:
     """On a ResNet, with running statistics and counters, the merge fits too, or it is refused."""
-    testbed = Tiny("resnet")
-    inputs = case.scene(testbed)
+    inputs, setting = case.scene(Tiny("resnet")), case.tried()[0]
     try:
-        merged = case.merged(inputs, case.tried()[0])
+        merged = case.merged(inputs, setting)
     except REFUSALS as refusal:
         return f"refuses: {refusal}"
-    fit(case.named(with_variances(merged), "the merge of ResNets"), inputs.base)
+    fit(case.named(with_variances(merged), setting), inputs.base)
     return None
 
 
@@ -183,7 +178,7 @@ def _far(state: State) -> State:
     """Another expert: the same one with its weights turned round and doubled."""
     return {
         key: 2 * value.flip(0) if value.is_floating_point() and value.ndim else value
-        for key, value in copies(state, torch.float32, "cpu").items()
+        for key, value in state.items()
     }
 
 
@@ -191,15 +186,7 @@ def _skills(case: MergeCase, inputs: Merging, merged: list[State]) -> str:
     """Accuracy per task: of the base, of the best of some merges, of the expert."""
     said = []
     for task in inputs.tasks:
-        labels = inputs.tasks[task].test.labels
         states = [inputs.base, *merged, expert(case.testbed, task)]
-        right = [(_logits(case, s, task).argmax(1) == labels).float().mean() for s in states]
-        base, *ours, theirs = map(float, right)
+        base, *ours, theirs = (accuracy(case.testbed.architecture, s, task) for s in states)
         said.append(f"{task}: {base:.2f} → {max(ours):.2f}, expert {theirs:.2f}")
     return "; ".join(said)
-
-
-def _logits(case: MergeCase, state: State, task: str) -> torch.Tensor:
-    """On the test split, by the State's own forward pass if it has one."""
-    evaluator = Evaluator(case.testbed, torch.device("cpu"))
-    return evaluator.logits(state, task, "test", range(len(evaluator.task(task).test)))

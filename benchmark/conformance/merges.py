@@ -12,7 +12,7 @@ from benchmark.conformance.case import Device, Result
 from benchmark.conformance.scenes import FreeRiderCase, Logged, knowing, tasks_of
 from benchmark.conformance.subjects import copies, data_of, expert
 from benchmark.conformance.testbed import Tiny
-from benchmark.contracts import Access, Merger, Setting
+from benchmark.contracts import Access, Knowledge, Merger, Setting
 from benchmark.data import Task
 from benchmark.merging.layers import by_layer
 
@@ -61,9 +61,7 @@ class MergeCase(FreeRiderCase[Merger, Merging]):
     ) -> Callable[[Setting], State]:
         """``setting → merged State``, as the pipeline makes it."""
         method = method or self.method
-        asks = self.knows or method.reads_anatomy
-        known = inputs.knowledge if asks else None
-        merged = method.prepare(inputs.base, inputs.experts, known, rng)
+        merged = method.prepare(inputs.base, inputs.experts, self.told(inputs), rng)
         return lambda setting: by_layer(merged, inputs.base, setting)
 
     def merged(self, inputs: Merging, setting: Setting, seed: int = 0) -> State:
@@ -74,6 +72,10 @@ class MergeCase(FreeRiderCase[Merger, Merging]):
     def knows(self) -> bool:
         """Whether it is told more than the weights."""
         return self.method.access > Access.WEIGHTS or self.method.task_aware
+
+    def told(self, inputs: Merging) -> Knowledge | None:
+        """The Knowledge it gets, if it asks for one."""
+        return inputs.knowledge if self.knows or self.method.reads_anatomy else None
 
     def tried(self, members: int = 2) -> list[Setting]:
         """Of its search space, the first and last setting that merge everybody."""
@@ -89,11 +91,12 @@ class MergeCase(FreeRiderCase[Merger, Merging]):
         merge = self.prepared(inputs, rng, method)
         found: Result = {}
         for setting in self.tried():
-            found |= self.named(merge(setting), f"the merge at {words(setting)}")
+            found |= self.named(merge(setting), setting)
         return found
 
-    def named(self, merged: State, name: str) -> Result:
+    def named(self, merged: State, setting: Setting) -> Result:
         """The State, or those of each task, under the names that messages use."""
+        name = f"the merge at {words(setting)}"
         if not (self.method.task_aware and isinstance(merged, PerTask)):
             return {name: merged}
         return {name: merged.common} | {f"{name} for {t}": s for t, s in merged.own.items()}

@@ -100,18 +100,16 @@ class DefenseCase(Case[Defense, Victim]):
         return self.method.shipped(owner, self.released(architecture), rng)
 
 
-def logits(architecture: Architecture, state: State) -> torch.Tensor:
-    """Logits on the first task's test split, by the State's own forward pass if it has one."""
-    testbed = Tiny(architecture)
-    evaluator = Evaluator(testbed, torch.device("cpu"))
-    task = testbed.task(testbed.tasks[0])
-    return evaluator.logits(state, task.name, "test", range(len(task.test)))
+def logits(architecture: Architecture, state: State, task: str = "first") -> torch.Tensor:
+    """Logits on a task's test split, by the State's own forward pass if it has one."""
+    evaluator = Evaluator(Tiny(architecture), torch.device("cpu"))
+    return evaluator.logits(state, task, "test", range(len(evaluator.task(task).test)))
 
 
-def accuracy(architecture: Architecture, state: State) -> float:
-    """Test accuracy on the first task."""
-    task = Tiny(architecture).task("first")
-    return float((logits(architecture, state).argmax(1) == task.test.labels).float().mean())
+def accuracy(architecture: Architecture, state: State, task: str = "first") -> float:
+    """Test accuracy on a task."""
+    labels = Tiny(architecture).task(task).test.labels
+    return float((logits(architecture, state, task).argmax(1) == labels).float().mean())
 
 
 def data_of(tasks: Iterable[Task]) -> dict[str, str]:
