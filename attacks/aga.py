@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmark.anatomy import AttentionBlock
 from benchmark.anatomy.alignment import align_units
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Knowledge
+from benchmark.api.contracts import Access, Attack, Card, Knowledge
+from benchmark.core.state import State
 
 
 @dataclass(frozen=True)

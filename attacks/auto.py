@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from benchmark import methods
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Card, Ensemble, Knowledge
+from benchmark.api import methods
+from benchmark.api.contracts import Access, Card, Ensemble, Knowledge
+from benchmark.core.state import State
 
 _TIERS = ("weights", "unlabeled", "labeled")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmark.anatomy import AttentionBlock, apply_qk, apply_vo, permute_heads
 from benchmark.anatomy.alignment import align_units, head_sides, match_heads, qk_gauge
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Knowledge, Members
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Access, Attack, Card, Knowledge, Members
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
 
 Apply = Callable[[State, AttentionBlock, Tensor], None]
 

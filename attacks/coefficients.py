@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State
-from benchmark.contracts import (
+from benchmark.api.contracts import (
     Access,
     Attack,
     Card,
@@ -18,7 +17,8 @@ from benchmark.contracts import (
     Merger,
     Setting,
 )
-from benchmark.errors import MethodError
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
 from benchmark.merging.wrapped import WrappedMerger
 
 #: Settings a search may grow to; a grid that gives more is refused, not cut.

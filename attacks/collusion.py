@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy.alignment import align
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Knowledge
+from benchmark.api.contracts import Access, Attack, Card, Knowledge
+from benchmark.core.state import State
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Access, Attack, Card, Knowledge
+from benchmark.api.contracts import Access, Attack, Card, Knowledge
+from benchmark.core.state import State, task_vector
 
 
 @dataclass(frozen=True)

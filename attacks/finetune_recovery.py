@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Knowledge
+from benchmark.api.contracts import Access, Attack, Card, Knowledge
+from benchmark.core.state import State
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy, AttentionBlock, apply_qk, apply_vo, within
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Knowledge, Members
+from benchmark.api.contracts import Access, Attack, Card, Knowledge, Members
+from benchmark.core.state import State
 
 
 @dataclass(frozen=True)

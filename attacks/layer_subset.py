@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State, norm, task_vector
-from benchmark.contracts import Access, Attack, Card, Knowledge
-from benchmark.errors import UsageError
+from benchmark.api.contracts import Access, Attack, Card, Knowledge
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State, norm, task_vector
 
 
 @dataclass(frozen=True)

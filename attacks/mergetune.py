@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Access, Attack, Card, Knowledge
-from benchmark.training import Logits, cross_entropy
+from benchmark.api.contracts import Access, Attack, Card, Knowledge
+from benchmark.core.state import State, task_vector
+from benchmark.learn.training import Logits, cross_entropy
 
 
 @dataclass(frozen=True)

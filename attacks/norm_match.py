@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.checkpoint import State, norm, task_vector
-from benchmark.contracts import Access, Attack, Card, Knowledge
-from benchmark.errors import UsageError
+from benchmark.api.contracts import Access, Attack, Card, Knowledge
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State, norm, task_vector
 
 
 @dataclass(frozen=True)

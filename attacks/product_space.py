@@ -18,8 +18,8 @@ from benchmark.anatomy.alignment import (
     write_sides,
 )
 from benchmark.anatomy.gauge import apply_qk, permute_heads
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Knowledge, Merger
+from benchmark.api.contracts import Access, Attack, Card, Knowledge, Merger
+from benchmark.core.state import State
 from benchmark.merging.wrapped import WrappedMerger
 
 Part = Literal["qk", "vo"]

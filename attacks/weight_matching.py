@@ -9,9 +9,9 @@ import torch
 
 from benchmark.anatomy import permute_heads
 from benchmark.anatomy.alignment import align_units, match_heads
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Knowledge
-from benchmark.errors import UsageError
+from benchmark.api.contracts import Access, Attack, Card, Knowledge
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State
 
 
 @dataclass(frozen=True)

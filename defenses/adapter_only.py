@@ -17,10 +17,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Card
-from benchmark.errors import MethodError
-from benchmark.lowrank import rounding, thin_svd
+from benchmark.api.contracts import Card
+from benchmark.core.errors import MethodError
+from benchmark.core.lowrank import rounding, thin_svd
+from benchmark.core.state import State
 
 
 @dataclass(frozen=True, kw_only=True)

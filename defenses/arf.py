@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Slot
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Defense, Victim
-from benchmark.training import Logits, cross_entropy
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.state import State
+from benchmark.learn.training import Logits, cross_entropy
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import AttentionBlock, apply_qk, within
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Defense, Victim
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import MLPBlock, taps
-from benchmark.checkpoint import ForeignState, State
-from benchmark.contracts import Card, Defense, Victim
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.errors import MethodError
+from benchmark.core.state import ForeignState, State
 
 _HIGHEST = 12  # nested derivatives grow fast, and no range gains from more
 # In units of the pre-activation: rounding is amplified by this to the power −order.

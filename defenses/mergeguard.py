@@ -24,9 +24,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, add, task_vector
-from benchmark.contracts import Card, Defense, Victim
-from benchmark.training import Logits, cross_entropy
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.state import State, add, task_vector
+from benchmark.learn.training import Logits, cross_entropy
 
 _EXAMPLES = 256  # of the training split, for the gradient
 _BATCH = 64

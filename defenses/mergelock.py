@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy, AttentionBlock, apply_qk, apply_vo, within
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Defense, Victim
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.state import State
 from defenses import draws
 from defenses.adapter_only import AdapterOnly
 

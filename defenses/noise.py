@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Card, Defense, Victim
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.state import State, task_vector
 
 
 @dataclass(frozen=True)

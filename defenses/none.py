@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Defense, Victim
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.state import State
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import torch
 
 from benchmark.anatomy import Channels, MLPBlock, apply_qk, apply_vo, within
 from benchmark.anatomy.gauge import scale_units
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Defense, Victim
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
 
 
 @dataclass(frozen=True)

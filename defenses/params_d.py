@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Linear, taps
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Card, Defense, Victim
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.state import State, task_vector
 from defenses.rearrangement import Rearrangement
 
 

@@ -34,8 +34,8 @@ from benchmark.anatomy import (
     permute_units,
     within,
 )
-from benchmark.checkpoint import State
-from benchmark.contracts import Victim
+from benchmark.api.contracts import Victim
+from benchmark.core.state import State
 from defenses import draws
 from defenses.adapter_only import AdapterOnly
 

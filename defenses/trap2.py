@@ -21,10 +21,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.adapters import Lora
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Defense, Victim
-from benchmark.training import Logits, Recipe, cross_entropy
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.state import State
+from benchmark.learn.adapters import Lora
+from benchmark.learn.training import Logits, Recipe, cross_entropy
 
 _LOW, _HIGH, _BAND = 0.05, 2.0, 0.05
 

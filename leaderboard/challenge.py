@@ -16,11 +16,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmark.errors import UnmergeBenchError, UsageError
+from benchmark.api.specs import did_you_mean
+from benchmark.core.errors import UnmergeBenchError, UsageError
+from benchmark.core.records import Cell
 from benchmark.pipeline.suite import Suite
-from benchmark.records import Cell
 from benchmark.reporting.board import TIERS, Tier, clip
-from benchmark.specs import did_you_mean
 from leaderboard import trust
 from leaderboard.entry import Certificate, Entry, Line, Name, asked_of, measured
 

@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
+from benchmark.core.records import Cell
 from benchmark.pipeline import suite as suites
 from benchmark.pipeline.plan import unique
 from benchmark.pipeline.suite import Suite
-from benchmark.records import Cell
 from leaderboard import figures, trust
 from leaderboard.challenge import same_release, without_merit
 from leaderboard.entry import Certificate, Entry, asked_of, measured

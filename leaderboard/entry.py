@@ -21,11 +21,11 @@ from pydantic import (
     model_validator,
 )
 
-from benchmark.contracts import Card
-from benchmark.errors import UnmergeBenchError
+from benchmark.api.contracts import Card
+from benchmark.core.errors import UnmergeBenchError
+from benchmark.core.records import Cell
 from benchmark.evaluation.statistics import MODELS, unpack_bits
 from benchmark.pipeline.suite import Suite
-from benchmark.records import Cell
 from leaderboard.strict import UNSEEN
 
 SCHEMA_VERSION = 1

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.contracts import Access, Attack, Card, Ensemble, Merger
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Access, Attack, Card, Ensemble, Merger
+from benchmark.core.errors import MethodError
+from benchmark.core.records import Cell
 from benchmark.evaluation.benign import USES
 from benchmark.evaluation.flags import EXACT, FLAGS
 from benchmark.evaluation.scoring import (
@@ -31,7 +32,6 @@ from benchmark.evaluation.scoring import (
 )
 from benchmark.evaluation.statistics import MODELS, ratio_protection, unpack_bits
 from benchmark.pipeline.suite import Suite
-from benchmark.records import Cell
 from leaderboard.entry import measured
 
 #: Figures are recomputed from the same outcomes by the same arithmetic.

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from pydantic import ValidationError
 
-from benchmark.errors import UnmergeBenchError
-from benchmark.paths import write_text
+from benchmark.core.errors import UnmergeBenchError
+from benchmark.core.paths import write_text
 from leaderboard import ENTRIES, strict
 from leaderboard.entry import SCHEMA_VERSION, Certificate, Entry
 

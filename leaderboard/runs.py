@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmark.errors import UnmergeBenchError, UsageError
-from benchmark.records import Cell
+from benchmark.core.errors import UnmergeBenchError, UsageError
+from benchmark.core.records import Cell
 from benchmark.reporting.board import Leaderboard, Row
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from benchmark.contracts import Card
+    from benchmark.api.contracts import Card
 
 Cards = Callable[[str], "Card"]
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmark.errors import UnmergeBenchError
+from benchmark.core.errors import UnmergeBenchError
 
 MAX_BYTES = 32 * 2**20
 MAX_DEPTH = 30

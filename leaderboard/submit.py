@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from benchmark import methods
-from benchmark.contracts import Defense
-from benchmark.errors import UnmergeBenchError, UsageError
-from benchmark.methods import Named
-from benchmark.paths import write_text
+from benchmark.api import methods
+from benchmark.api.contracts import Defense
+from benchmark.api.methods import Named
+from benchmark.api.specs import did_you_mean
+from benchmark.core.errors import UnmergeBenchError, UsageError
+from benchmark.core.paths import write_text
+from benchmark.core.records import Cell
 from benchmark.pipeline import suite as suites
 from benchmark.pipeline.fingerprint import sha
 from benchmark.pipeline.suite import Suite
 from benchmark.pipeline.workbench import method_key
-from benchmark.records import Cell
-from benchmark.specs import did_you_mean
 from leaderboard import checks, folder, trust
 from leaderboard.entry import Entry, Method, Subjects, SuiteId, asked_of, measured
 from leaderboard.runs import Run, read

@@ -10,12 +10,12 @@ from collections.abc import Collection
 from functools import cache
 from typing import Any
 
-from benchmark import methods
-from benchmark.contracts import Attack, Defense, Merger, Testbed
-from benchmark.errors import UsageError
-from benchmark.methods import Named
-from benchmark.registry import Registry
-from benchmark.specs import parse, split_composite
+from benchmark.api import methods
+from benchmark.api.contracts import Attack, Defense, Merger, Testbed
+from benchmark.api.methods import Named
+from benchmark.api.registry import Registry
+from benchmark.api.specs import parse, split_composite
+from benchmark.core.errors import UsageError
 
 _OWN = "unmergebench"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
+from benchmark.core.records import Cell
 from benchmark.evaluation.statistics import unpack_bits
 from benchmark.pipeline.suite import Group, Suite
-from benchmark.records import Cell
 from leaderboard import checks, folder, trust
 from leaderboard.entry import Entry, measured
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from benchmark.checkpoint import ForeignState, State
-from benchmark.contracts import Card, Defense, Victim
+from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.core.state import ForeignState, State
 
 CARD = Card("for a test")
 

@@ -11,8 +11,7 @@ import torch
 from broken_attacks import CARD, Sound, SoundTrained, breaks
 
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State
-from benchmark.contracts import (
+from benchmark.api.contracts import (
     Access,
     Budget,
     Card,
@@ -22,7 +21,8 @@ from benchmark.contracts import (
     Merger,
     Setting,
 )
-from benchmark.errors import AccessError
+from benchmark.core.errors import AccessError
+from benchmark.core.state import State
 from benchmark.merging.wrapped import WrappedMerger
 
 

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from benchmark.checkpoint import State
-from benchmark.contracts import (
+from benchmark.api.contracts import (
     Access,
     Attack,
     Card,
     Knowledge,
 )
+from benchmark.core.state import State
 
 CARD = Card("for a test")
 

@@ -12,9 +12,9 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from benchmark.checkpoint import PerTask, State
-from benchmark.contracts import Access, Card, Knowledge, Merger, Setting
-from benchmark.errors import AccessError
+from benchmark.api.contracts import Access, Card, Knowledge, Merger, Setting
+from benchmark.core.errors import AccessError
+from benchmark.core.state import PerTask, State
 
 CARD = Card("for a test")
 

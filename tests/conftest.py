@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from benchmark.paths import cache as cache_folder
+from benchmark.core.paths import cache as cache_folder
 
 # A first call that imports a library, or a busy machine, is no failure.
 settings.register_profile("project", deadline=None)
@@ -69,7 +69,7 @@ def cli() -> Cli:
     from typer.testing import CliRunner
 
     from benchmark.cli import app
-    from benchmark.errors import UnmergeBenchError
+    from benchmark.core.errors import UnmergeBenchError
 
     def run(*arguments: object) -> tuple[int, str]:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Testbed
-from benchmark.data import Task
+from benchmark.api.contracts import Card, Testbed
+from benchmark.core.data import Task
+from benchmark.core.state import State
+from benchmark.learn.training import Recipe
 from benchmark.testbeds.digits import Digits
-from benchmark.training import Recipe
 
 WIDTH = 64
 

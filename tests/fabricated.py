@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark.contracts import Card
+from benchmark.api.contracts import Card
+from benchmark.core.records import Cell, Seconds, Spent
 from benchmark.evaluation.statistics import pack_bits, ratio_protection
-from benchmark.records import Cell, Seconds, Spent
 
 LABELED = {"finetune-recovery"}
 ROLES = {"none": "reference", "oracle": "control", "noise": "control"}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from fabricated import ATTACKS, LABELED, STRENGTH, cards, cell
 
-from benchmark.contracts import Card
+from benchmark.api.contracts import Card
+from benchmark.core.records import Cell, Spent
 from benchmark.pipeline.suite import Group, Suite
-from benchmark.records import Cell, Spent
 from leaderboard import folder
 from leaderboard.entry import Certificate, Entry, Method, Subjects, SuiteId
 

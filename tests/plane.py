@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Testbed
-from benchmark.data import Split, Task
-from benchmark.training import Recipe, fine_tune
+from benchmark.api.contracts import Card, Testbed
+from benchmark.core.data import Split, Task
+from benchmark.core.state import State
+from benchmark.learn.training import Recipe, fine_tune
 
 WIDTH = 8
 RECIPE = Recipe(steps=40, batch_size=16, learning_rate=0.05, warmup=4, frozen=("e.",))

@@ -7,11 +7,11 @@ from typing import Any
 
 from fabricated import EXPERT, cell
 
+from benchmark.api.methods import defense
+from benchmark.core.records import Cell, Hashes, Search
 from benchmark.evaluation.scoring import accuracies, gain, normalized, protection
 from benchmark.evaluation.statistics import pack_bits, ratio_protection, unpack_bits
-from benchmark.methods import defense
 from benchmark.pipeline.suite import Suite
-from benchmark.records import Cell, Hashes, Search
 from leaderboard import checks
 from leaderboard.entry import Entry, Method, Subjects, SuiteId
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from test_mergers import assert_close, assert_equal, coefficient, double, quick, run, seeds
 from zoo import generator, state_of, tiny
 
-from benchmark.adapters import Lora
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State, norm, task_vector
-from benchmark.contracts import Access, Knowledge, Setting
-from benchmark.errors import MethodError, UsageError
-from benchmark.lowrank import rounding, thin_svd
-from benchmark.methods import defense, merger, testbed
+from benchmark.api.contracts import Access, Knowledge, Setting
+from benchmark.api.methods import defense, merger, testbed
+from benchmark.core.errors import MethodError, UsageError
+from benchmark.core.lowrank import rounding, thin_svd
+from benchmark.core.state import State, norm, task_vector
+from benchmark.learn.adapters import Lora
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.workbench import Workbench
 from defenses.mergelock import MergeLock

@@ -15,9 +15,9 @@ from disk import tensors, write
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-from benchmark import adapter_folders, folders
-from benchmark.checkpoint import State, norm, task_vector
-from benchmark.errors import CheckpointError, UsageError
+from benchmark.core.errors import CheckpointError, UsageError
+from benchmark.core.state import State, norm, task_vector
+from benchmark.io import adapter_folders, folders
 
 # peft asks transformers by a name that transformers 5 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -33,8 +33,8 @@ from benchmark.anatomy.alignment import (
     vo_gauge,
 )
 from benchmark.anatomy.gauge import rotary_matrix
-from benchmark.checkpoint import State, digest, norm, task_vector
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State, digest, norm, task_vector
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import wheels
 
-from benchmark import assets
-from benchmark.errors import AssetError
+from benchmark.core.errors import AssetError
+from benchmark.io import assets
 
 
 @pytest.fixture

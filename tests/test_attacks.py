@@ -18,11 +18,11 @@ from attacks.head_norm import HeadNorm
 from attacks.none import NoAttack
 from attacks.weight_matching import WeightMatching
 from benchmark.anatomy import Anatomy, apply_qk, apply_vo, permute_heads, permute_units, within
-from benchmark.checkpoint import State, compatible, digest, norm, task_vector
-from benchmark.contracts import Access, Attack, Knowledge
-from benchmark.data import Split, Task
-from benchmark.errors import AccessError, UsageError
-from benchmark.training import Recipe
+from benchmark.api.contracts import Access, Attack, Knowledge
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import AccessError, UsageError
+from benchmark.core.state import State, compatible, digest, norm, task_vector
+from benchmark.learn.training import Recipe
 
 EXACT = [
     NoAttack(),

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from zoo import outputs, state_of, tiny
 
-from benchmark import methods
-from benchmark.adapters import Lora
-from benchmark.checkpoint import ForeignState, State
-from benchmark.errors import AssetError
+from benchmark.api import methods
+from benchmark.core.errors import AssetError
+from benchmark.core.records import Cell
+from benchmark.core.state import ForeignState, State
 from benchmark.evaluation import benign
+from benchmark.learn.adapters import Lora
+from benchmark.learn.training import Recipe
 from benchmark.pipeline import benign as taxing
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.suite import Suite, load
 from benchmark.pipeline.workbench import Workbench
-from benchmark.records import Cell
-from benchmark.training import Recipe
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,11 @@ import torch
 from fabricated import RUN, cards, cell
 
 from benchmark import reporting
-from benchmark.errors import AssetError
+from benchmark.core.errors import AssetError
+from benchmark.core.records import Cell, Seconds, Spent
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite, load
-from benchmark.records import Cell, Seconds, Spent
 from benchmark.reporting import plots, tables
 from benchmark.reporting.board import Leaderboard
 from benchmark.reporting.costs import break_curves

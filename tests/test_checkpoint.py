@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmark import checkpoint
-from benchmark.checkpoint import State
-from benchmark.errors import CheckpointError
+from benchmark.core import state as checkpoint
+from benchmark.core.errors import CheckpointError
+from benchmark.core.state import State
 
 
 def _state(seed: int = 0) -> State:

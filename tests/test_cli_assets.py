@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import wheels
 
-from benchmark.assets import Asset
 from benchmark.cli import assets as command
 from benchmark.cli import doctor
+from benchmark.io.assets import Asset
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from benchmark.conformance import ATTACK_CHECKS, DEFENSE_CHECKS
 
 BROKEN = """
 from dataclasses import dataclass
-from benchmark.contracts import Card, Defense
+from benchmark.api.contracts import Card, Defense
 
 @dataclass(frozen=True)
 class Broken(Defense):
@@ -111,7 +111,7 @@ def test_help_has_examples(cli: Cli) -> None:
 
 GREEDY = """
 from dataclasses import dataclass
-from benchmark.contracts import Access, Attack, Card
+from benchmark.api.contracts import Access, Attack, Card
 
 @dataclass(frozen=True)
 class Greedy(Attack):

@@ -10,8 +10,8 @@ import torch
 from conftest import Cli
 from disk import contents, write
 
-from benchmark import folders
-from benchmark.checkpoint import State
+from benchmark.core.state import State
+from benchmark.io import folders
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_members_of_another_architecture_are_refused(models: Path, cli: Cli) -> 
 def test_a_method_that_breaks_its_contract_writes_nothing(models: Path, cli: Cli) -> None:
     (models / "mine.py").write_text(
         "from dataclasses import dataclass\n"
-        "from benchmark.contracts import Card, Defense\n"
+        "from benchmark.api.contracts import Card, Defense\n"
         "@dataclass(frozen=True)\n"
         "class Halved(Defense):\n"
         "    card = Card('loses a tensor')\n"

@@ -12,7 +12,7 @@ from conftest import Cli
 from fabricated import save, suite
 
 from benchmark import cli as command
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 from benchmark.pipeline import run as running
 
 

@@ -12,15 +12,15 @@ import torch
 import toy_clip
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-from benchmark import hub
+from benchmark.api.contracts import Testbed
+from benchmark.api.methods import testbed
 from benchmark.cli import assets as command
-from benchmark.contracts import Testbed
-from benchmark.data import Task
-from benchmark.errors import AssetError, UsageError
-from benchmark.hub import Repository
-from benchmark.methods import testbed
+from benchmark.core.data import Task
+from benchmark.core.errors import AssetError, UsageError
+from benchmark.io import hub
+from benchmark.io.hub import Repository
+from benchmark.learn.training import fine_tune
 from benchmark.testbeds import clip
-from benchmark.training import fine_tune
 
 Cli = Callable[..., tuple[int, str]]
 NAMES = ("clip-vit-b-32", "clip-vit-b-16", "clip-vit-l-14", "convnext")

@@ -19,7 +19,8 @@ from broken import (
     SwitchesGradientsOff,
 )
 
-from benchmark.checkpoint import State
+from benchmark.api.contracts import Defense, Victim
+from benchmark.api.methods import DEFENSES
 from benchmark.conformance import (
     DEFENSE_CHECKS,
     CheckFailed,
@@ -29,9 +30,8 @@ from benchmark.conformance import (
     guards,
 )
 from benchmark.conformance.measure import Watch
-from benchmark.contracts import Defense, Victim
-from benchmark.errors import MethodError, UsageError
-from benchmark.methods import DEFENSES
+from benchmark.core.errors import MethodError, UsageError
+from benchmark.core.state import State
 
 NAMES = tuple(check.name for check in DEFENSE_CHECKS.all())
 

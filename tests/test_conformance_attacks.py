@@ -13,8 +13,9 @@ import torch
 from broken_attackers import SoundEnsemble
 from broken_attacks import BROKEN, RemembersWhatItKnew, Sound, SoundTrained
 
-from benchmark import methods
-from benchmark.checkpoint import State
+from benchmark.api import methods
+from benchmark.api.contracts import Access, Attack, Knowledge
+from benchmark.api.methods import ATTACKS, Named
 from benchmark.conformance import (
     ATTACK_CHECKS,
     DEFENSE_CHECKS,
@@ -25,9 +26,8 @@ from benchmark.conformance import (
 )
 from benchmark.conformance.scenes import scene
 from benchmark.conformance.testbed import ARCHITECTURES, Tiny
-from benchmark.contracts import Access, Attack, Knowledge
-from benchmark.errors import AccessError, UsageError
-from benchmark.methods import ATTACKS, Named
+from benchmark.core.errors import AccessError, UsageError
+from benchmark.core.state import State
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.suite import Group
 from benchmark.pipeline.workbench import Workbench

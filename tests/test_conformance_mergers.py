@@ -17,6 +17,8 @@ from broken_mergers import (
 )
 from conftest import Cli
 
+from benchmark.api.contracts import Merger, Setting
+from benchmark.api.methods import MERGERS
 from benchmark.conformance import (
     ATTACK_CHECKS,
     DEFENSE_CHECKS,
@@ -26,9 +28,7 @@ from benchmark.conformance import (
     check_merger,
     merger_checks,
 )
-from benchmark.contracts import Merger, Setting
-from benchmark.errors import MethodError, UsageError
-from benchmark.methods import MERGERS
+from benchmark.core.errors import MethodError, UsageError
 
 NAMES = tuple(check.name for check in MERGER_CHECKS.all())
 

@@ -16,7 +16,13 @@ from benchmark.anatomy import Anatomy, Channels, MLPBlock, permute_units
 from benchmark.anatomy.alignment import align, match_all
 from benchmark.anatomy.diagnosis import diagnose
 from benchmark.anatomy.gauge import scale_units
-from benchmark.checkpoint import (
+from benchmark.api.contracts import Access, Setting
+from benchmark.api.methods import attack, defense, merger
+from benchmark.conformance.scenes import scene
+from benchmark.conformance.subjects import victim
+from benchmark.conformance.testbed import Tiny
+from benchmark.core.errors import AssetError, CheckpointError, MethodError, UsageError
+from benchmark.core.state import (
     State,
     compatible,
     norm,
@@ -24,13 +30,7 @@ from benchmark.checkpoint import (
     task_vector,
     with_variances,
 )
-from benchmark.conformance.scenes import scene
-from benchmark.conformance.subjects import victim
-from benchmark.conformance.testbed import Tiny
-from benchmark.contracts import Access, Setting
-from benchmark.errors import AssetError, CheckpointError, MethodError, UsageError
-from benchmark.methods import attack, defense, merger
-from benchmark.training import fine_tune
+from benchmark.learn.training import fine_tune
 
 
 @functools.cache

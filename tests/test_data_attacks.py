@@ -20,11 +20,11 @@ from attacks.mergetune import MergeTune
 from attacks.rinse import Rinse
 from benchmark.anatomy import apply_vo, permute_heads, permute_units, taps
 from benchmark.anatomy.alignment import align
-from benchmark.checkpoint import ForeignState, State, digest, norm, task_vector
-from benchmark.contracts import Access, Attack, Knowledge
-from benchmark.data import Split, Task
-from benchmark.errors import AccessError
-from benchmark.training import fine_tune
+from benchmark.api.contracts import Access, Attack, Knowledge
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import AccessError
+from benchmark.core.state import ForeignState, State, digest, norm, task_vector
+from benchmark.learn.training import fine_tune
 
 DATA: list[Attack] = [ActivationMatching(), LayerRefit(), DistilMerge(), Rinse(), MergeTune()]
 FLOPS = 2.0  # per example, of the linear testbed: any figure will do

@@ -13,19 +13,19 @@ from test_mergers import generator
 from torch import Tensor
 from zoo import perturbed, state_of, tiny
 
-from benchmark import methods
 from benchmark.anatomy import Anatomy
-from benchmark.assets import AssetError
-from benchmark.checkpoint import State, compatible, digest, task_vector
-from benchmark.contracts import Access, Knowledge, Setting
-from benchmark.data import Split, Task
-from benchmark.errors import AccessError, MethodError, UsageError
+from benchmark.api import methods
+from benchmark.api.contracts import Access, Knowledge, Setting
+from benchmark.api.methods import merger
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import AccessError, MethodError, UsageError
+from benchmark.core.state import State, compatible, digest, task_vector
+from benchmark.io.assets import AssetError
 from benchmark.merging.adamerging import AdaMerging
 from benchmark.merging.fisher import Fisher
 from benchmark.merging.neulig import NeuLig
 from benchmark.merging.prodistill import ProDistill
 from benchmark.merging.regmean import RegMean
-from benchmark.methods import merger
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite, load

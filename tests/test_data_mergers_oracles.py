@@ -13,16 +13,16 @@ from torch import Tensor
 from zoo import tiny
 
 from benchmark.anatomy import Anatomy, taps
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Setting
-from benchmark.data import Split, Task
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Setting
+from benchmark.api.methods import merger
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State, task_vector
 from benchmark.merging.adamerging import AdaMerging, entropy
 from benchmark.merging.fisher import Fisher, fisher
 from benchmark.merging.neulig import NeuLig
 from benchmark.merging.prodistill import ProDistill, calls, layers, run
 from benchmark.merging.regmean import RegMean, gram, weights
-from benchmark.methods import merger
 
 # --- Fisher ---------------------------------------------------------------------------------------
 

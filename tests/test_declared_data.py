@@ -13,7 +13,7 @@ import torch
 from declared import COUNTS
 from torch.nn.functional import normalize
 
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 from benchmark.testbeds.declared import Declared, linear_probe
 
 

@@ -14,8 +14,8 @@ import zoo
 from conftest import Cli
 from declared import COUNTS, VISION, backbone
 
-from benchmark.errors import AssetError, CheckpointError, UnmergeBenchError, UsageError
-from benchmark.methods import testbed as named_testbed
+from benchmark.api.methods import testbed as named_testbed
+from benchmark.core.errors import AssetError, CheckpointError, UnmergeBenchError, UsageError
 from benchmark.testbeds.declared import Declared, place
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_what_the_hub_s_cache_holds_works_without_network(
 def test_a_published_expert_is_used_and_not_trained(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmark.checkpoint import digest
+    from benchmark.core.state import digest
     from benchmark.pipeline.store import Store
     from benchmark.pipeline.workbench import Workbench
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from zoo import FAMILIES, GROUPED, NAMES, drift, state_of, tiny
 
 from benchmark.anatomy import Anatomy, AttentionBlock, Linear, MLPBlock, Slot
-from benchmark.checkpoint import State, compatible, digest, norm, rounded, task_vector
-from benchmark.contracts import Victim
-from benchmark.errors import UsageError
-from benchmark.methods import DEFENSES, defense
-from benchmark.training import Recipe
+from benchmark.api.contracts import Victim
+from benchmark.api.methods import DEFENSES, defense
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State, compatible, digest, norm, rounded, task_vector
+from benchmark.learn.training import Recipe
 from defenses.mergelock import MergeLock
 from defenses.params import PaRaMS
 

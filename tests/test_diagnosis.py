@@ -16,8 +16,8 @@ from attacks.none import NoAttack
 from attacks.weight_matching import WeightMatching
 from benchmark.anatomy import Anatomy, permute_heads
 from benchmark.anatomy.diagnosis import KINDS, Diagnosis, diagnose
-from benchmark.checkpoint import State
-from benchmark.methods import defense
+from benchmark.api.methods import defense
+from benchmark.core.state import State
 
 #: Spec → what it does to Q/K, to V/O, and whether hidden units trade places.
 LOCKS = {

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy.special import erf, softmax
 from test_defenses import victim
 
-from benchmark.assets import fetch
-from benchmark.checkpoint import State
+from benchmark.core.state import State
+from benchmark.io.assets import fetch
 from benchmark.testbeds.minilm import WEIGHTS, MiniLM
 from defenses.params import PaRaMS
 

@@ -14,12 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from test_testbeds import accuracy, sound
 
-from benchmark.assets import fetch
-from benchmark.checkpoint import State, digest
-from benchmark.errors import AssetError, CheckpointError, UsageError
+from benchmark.core.errors import AssetError, CheckpointError, UsageError
+from benchmark.core.state import State, digest
+from benchmark.io.assets import fetch
+from benchmark.learn.training import fine_tune
 from benchmark.testbeds import TESTBEDS, dinov2, onnx_weights, pictures
 from benchmark.testbeds.dinov2 import WEIGHTS, DINOv2, backbone_state
-from benchmark.training import fine_tune
 
 
 def graph(path: Path, rng: np.random.Generator) -> tuple[Path, dict[str, np.ndarray]]:

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from attacks.auto import Auto
-from benchmark import methods
-from benchmark.contracts import Access, Card, Ensemble, Setting
-from benchmark.errors import AssetError
+from benchmark.api import methods
+from benchmark.api.contracts import Access, Card, Ensemble, Setting
+from benchmark.core.errors import AssetError
+from benchmark.core.records import Cell
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.ensemble import representative
 from benchmark.pipeline.suite import Suite, load
-from benchmark.records import Cell
 
 CPU = torch.device("cpu")
 MERGERS = ("task-arithmetic", "task-arithmetic(fixed=0.8)", "ties")
@@ -44,8 +44,8 @@ class Broken(Auto):
 """
 RAISES = """
 from dataclasses import dataclass
-from benchmark.contracts import Access, Attack, Card
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Access, Attack, Card
+from benchmark.core.errors import MethodError
 
 @dataclass(frozen=True)
 class Raises(Attack):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Cli
 
-from benchmark.errors import AssetError, UnmergeBenchError, UsageError
+from benchmark.core.errors import AssetError, UnmergeBenchError, UsageError
 from benchmark.evaluation.scoring import accuracies, gain, normalized, protection
 from benchmark.evaluation.statistics import ratio_protection, unpack_bits
 from benchmark.pipeline import plan as planning

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from small_entries import small, suite
 
 import leaderboard
-from benchmark.errors import UnmergeBenchError
+from benchmark.core.errors import UnmergeBenchError
 from benchmark.pipeline import suite as suites
 from leaderboard import checks, folder, history, load_entries
 from leaderboard.entry import json_schema

@@ -15,9 +15,10 @@ from disk import contents, tensors, write
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmark import folders, probe
-from benchmark.checkpoint import norm_growth
-from benchmark.errors import CheckpointError, UnmergeBenchError, UsageError
+from benchmark.core.errors import CheckpointError, UnmergeBenchError, UsageError
+from benchmark.core.state import norm_growth
+from benchmark.evaluation import probe
+from benchmark.io import folders
 
 
 @pytest.fixture
@@ -289,7 +290,7 @@ def test_an_interrupted_write_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("benchmark.tensorfiles.write", interrupted)
+    monkeypatch.setattr("benchmark.io.tensorfiles.write", interrupted)
     changed = {key: value * 2 for key, value in loaded.state.items()}
     for out, force in (("new", False), ("earlier", True)):
         with pytest.raises((KeyboardInterrupt, OSError)):

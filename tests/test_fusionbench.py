@@ -11,11 +11,11 @@ from plane import PLANE, TASKS
 from test_mergers import run
 from zoo import generator, perturbed
 
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Access, Knowledge, Setting
+from benchmark.api.contracts import Access, Knowledge, Setting
+from benchmark.api.methods import merger
+from benchmark.core.state import State, task_vector
 from benchmark.merging import fisher as ours_fisher
 from benchmark.merging.regmean import RegMean
-from benchmark.methods import merger
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its libraries' own, on import

@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmark import methods
-from benchmark.contracts import Testbed
-from benchmark.data import Split, Task
-from benchmark.errors import AssetError
+from benchmark.api import methods
+from benchmark.api.contracts import Testbed
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import AssetError
 from benchmark.evaluation.accuracy import Evaluator
+from benchmark.learn.training import Recipe, fine_tune
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite, load
-from benchmark.training import Recipe, fine_tune
 
 META = torch.device("meta")
 TESTBEDS = ("digits", "minilm", "dinov2-small")
@@ -65,7 +65,7 @@ def test_training_reads_nothing_on_the_host(spec: str) -> None:
 
 
 def test_the_order_of_an_epoch_goes_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmark.training import _Batches
+    from benchmark.learn.training import _Batches
 
     batches = _Batches(
         Split({"x": torch.arange(40.0)}, torch.arange(40)), 8, torch.Generator().manual_seed(0)

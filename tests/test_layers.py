@@ -9,16 +9,16 @@ import torch
 from test_mergers import assert_equal, generator, members, run
 from zoo import perturbed, state_of, tiny
 
-from benchmark import methods
-from benchmark.assets import AssetError
-from benchmark.contracts import Setting
-from benchmark.errors import UsageError
+from benchmark.api import methods
+from benchmark.api.contracts import Setting
+from benchmark.api.methods import merger
+from benchmark.core.errors import UsageError
+from benchmark.core.records import Cell
+from benchmark.io.assets import AssetError
 from benchmark.merging.layers import bands
-from benchmark.methods import merger
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite, load
-from benchmark.records import Cell
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "llama", "open-clip"])

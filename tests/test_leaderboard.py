@@ -10,7 +10,7 @@ import pytest
 from fabricated import cards, cell, save, suite
 from typer.testing import CliRunner
 
-from benchmark.errors import UnmergeBenchError, UsageError
+from benchmark.core.errors import UnmergeBenchError, UsageError
 from leaderboard import combine, load_runs
 from leaderboard.cli import app
 from leaderboard.runs import COLUMNS

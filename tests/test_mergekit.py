@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_mergers import generator, members, random_base, random_expert, run
 
-from benchmark.checkpoint import State, compatible
-from benchmark.contracts import Setting
-from benchmark.errors import MethodError, UsageError
-from benchmark.methods import MERGERS, merger
+from benchmark.api.contracts import Setting
+from benchmark.api.methods import MERGERS, merger
+from benchmark.core.errors import MethodError, UsageError
+from benchmark.core.state import State, compatible
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite

@@ -13,13 +13,13 @@ from disk import contents, write
 from test_mergers import generator
 from zoo import perturbed
 
-from benchmark import folders
-from benchmark.checkpoint import State
-from benchmark.contracts import Setting
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Setting
+from benchmark.api.methods import merger
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
+from benchmark.io import folders
 from benchmark.merging import mergekit_cli
 from benchmark.merging.mergekit_cli import Request
-from benchmark.methods import merger
 
 pytest.importorskip("mergekit", reason="pip install 'unmergebench[mergekit]'")
 

@@ -10,9 +10,9 @@ from conftest import ASSETS
 from test_mergers import generator, run
 from zoo import perturbed
 
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Setting
-from benchmark.methods import merger
+from benchmark.api.contracts import Setting
+from benchmark.api.methods import merger
+from benchmark.core.state import State, task_vector
 from benchmark.testbeds.minilm import MiniLM
 
 pytest.importorskip("mergekit", reason="pip install 'unmergebench[mergekit]'")

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zoo import state_of, tiny
 
-from benchmark.checkpoint import State, compatible, digest, task_vector
-from benchmark.contracts import Access, Setting
-from benchmark.errors import MethodError, UsageError
+from benchmark.api.contracts import Access, Setting
+from benchmark.api.methods import MERGERS, merger
+from benchmark.core.errors import MethodError, UsageError
+from benchmark.core.state import State, compatible, digest, task_vector
 from benchmark.merging.dare import drop
-from benchmark.methods import MERGERS, merger
 
 SPECS = [
     "average",

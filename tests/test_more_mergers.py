@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from test_mergers import ELSEWHERE, assert_close, assert_equal, double, generator, members, run
 
-from benchmark.checkpoint import State, compatible, digest, task_vector
-from benchmark.contracts import Setting
-from benchmark.errors import MethodError, UsageError
+from benchmark.api.contracts import Setting
+from benchmark.api.methods import merger
+from benchmark.core.errors import MethodError, UsageError
+from benchmark.core.state import State, compatible, digest, task_vector
 from benchmark.merging.della import Della
-from benchmark.methods import merger
 
 Array = NDArray[np.float64]
 

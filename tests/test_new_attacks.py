@@ -24,12 +24,12 @@ from attacks.low_rank import LowRank
 from attacks.norm_match import NormMatch
 from attacks.product_space import ProductSpace
 from benchmark.anatomy.alignment import align, head_sides
-from benchmark.checkpoint import State, compatible, digest, norm, task_vector
-from benchmark.contracts import Access, Attack, Knowledge, Setting
-from benchmark.errors import MethodError, UsageError
+from benchmark.api.contracts import Access, Attack, Knowledge, Setting
+from benchmark.api.methods import defense
+from benchmark.core.errors import MethodError, UsageError
+from benchmark.core.state import State, compatible, digest, norm, task_vector
 from benchmark.merging.linear import Average, TaskArithmetic
 from benchmark.merging.ties import Ties
-from benchmark.methods import defense
 
 WEIGHTS: list[Attack] = [
     Canonical(), ProductSpace(), NormMatch(), NominalPin(), Coefficients(), LayerSubset(),

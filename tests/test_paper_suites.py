@@ -10,10 +10,11 @@ import pytest
 import toy_clip
 from fabricated import cell
 
-from benchmark import methods, reporting
+from benchmark import reporting
+from benchmark.api import methods
+from benchmark.core.records import Cell
 from benchmark.pipeline.run import read_cells
 from benchmark.pipeline.suite import Suite, load
-from benchmark.records import Cell
 from benchmark.reporting.html import suite_toml
 from benchmark.reporting.published import published_lines
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import with_assets
 
-from benchmark.errors import AssetError, UnmergeBenchError, UsageError
+from benchmark.core.errors import AssetError, UnmergeBenchError, UsageError
+from benchmark.core.records import Cell
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite, load
-from benchmark.records import Cell
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ BROKEN = '''
 """Defenses that break their contract, each in its own way."""
 from dataclasses import dataclass
 import torch
-from benchmark.contracts import Card, Defense
+from benchmark.api.contracts import Card, Defense
 
 @dataclass(frozen=True)
 class Raises(Defense):

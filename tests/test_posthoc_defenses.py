@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from zoo import FAMILIES, TOLERANCE, drift, generator, perturbed, state_of, tiny
 
 from benchmark.anatomy import Anatomy, AttentionBlock, Linear, MLPBlock, Slot, taps
-from benchmark.checkpoint import ForeignState, State, compatible, digest, rounded, task_vector
-from benchmark.contracts import Victim
-from benchmark.data import Split
-from benchmark.errors import AssetError, MethodError, UsageError
+from benchmark.api.contracts import Victim
+from benchmark.api.methods import defense
+from benchmark.core.data import Split
+from benchmark.core.errors import AssetError, MethodError, UsageError
+from benchmark.core.state import ForeignState, State, compatible, digest, rounded, task_vector
 from benchmark.evaluation.accuracy import relative_gap
-from benchmark.methods import defense
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite, load

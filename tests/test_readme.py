@@ -12,7 +12,8 @@ from conftest import Cli
 from disk import write
 from fabricated import save, suite
 
-from benchmark import folders, methods
+from benchmark.api import methods
+from benchmark.io import folders
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,20 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmark import specs
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State, digest
-from benchmark.composition import AttackChain, DefenseChain, combined_card
-from benchmark.contracts import Access, Attack, Card, Defense, Knowledge, Members, Victim
-from benchmark.errors import AccessError, UsageError
-from benchmark.methods import ATTACKS, DEFENSES, MERGERS, TESTBEDS, attack, defense, merger
-from benchmark.methods import testbed as the_testbed
-from benchmark.registry import Registry
+from benchmark.api import specs
+from benchmark.api.composition import AttackChain, DefenseChain, combined_card
+from benchmark.api.contracts import Access, Attack, Card, Defense, Knowledge, Members, Victim
+from benchmark.api.methods import ATTACKS, DEFENSES, MERGERS, TESTBEDS, attack, defense, merger
+from benchmark.api.methods import testbed as the_testbed
+from benchmark.api.registry import Registry
+from benchmark.core.errors import AccessError, UsageError
+from benchmark.core.state import State, digest
 
 MINE = """
 from dataclasses import dataclass
 from typing import ClassVar, Literal
-from benchmark.contracts import Card, Defense
+from benchmark.api.contracts import Card, Defense
 
 
 @dataclass(frozen=True)

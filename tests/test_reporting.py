@@ -14,7 +14,7 @@ from fabricated import ATTACKS, RUN, cards, cell, suite
 from rich.console import Console
 
 from benchmark import reporting
-from benchmark.records import Cell
+from benchmark.core.records import Cell
 from benchmark.reporting import html, plots, tables
 from benchmark.reporting.board import Leaderboard, Row
 from benchmark.reporting.ranking import rank

@@ -18,20 +18,20 @@ from plane import PLANE, RECIPE, TASKS, Plane, noisy, tuned
 from torch import Tensor
 from zoo import BATCH, state_of, tiny
 
-from benchmark import snapshots
-from benchmark.adapters import Lora
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State, digest
-from benchmark.data import Split, Task
-from benchmark.errors import MethodError
-from benchmark.training import Recipe, cross_entropy, fine_tune
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State, digest
+from benchmark.learn import snapshots
+from benchmark.learn.adapters import Lora
+from benchmark.learn.training import Recipe, cross_entropy, fine_tune
 
 # Resuming
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from benchmark import snapshots
+from benchmark.learn import snapshots
 from plane import noisy, tuned
 snapshots.SAVE_EVERY = 0.0
 def stop(step, steps):

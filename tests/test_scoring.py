@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmark.errors import MethodError
+from benchmark.core.errors import MethodError
 from benchmark.evaluation.scoring import NO_BENEFIT, gain, protection
 
 gains = st.floats(0, 1.2)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mergers import assert_equal, generator, members, run
 
-from benchmark.checkpoint import task_vector
+from benchmark.core.state import task_vector
 from benchmark.merging import selection, streaming
 from benchmark.merging.selection import threshold
 from benchmark.merging.streaming import Cut, Difference, differences

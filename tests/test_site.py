@@ -20,8 +20,8 @@ from click.testing import Result
 from listed import EVIL, MERGERS, entry, hostile, several, written
 from typer.testing import CliRunner
 
-from benchmark.contracts import Card
-from benchmark.errors import UnmergeBenchError, UsageError
+from benchmark.api.contracts import Card
+from benchmark.core.errors import UnmergeBenchError, UsageError
 from leaderboard import folder
 from leaderboard.cli import app
 from leaderboard.site import build, pages, serve

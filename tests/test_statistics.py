@@ -11,7 +11,7 @@ from fabricated import cell, outcomes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmark.errors import UnmergeBenchError
+from benchmark.core.errors import UnmergeBenchError
 from benchmark.evaluation import statistics
 from benchmark.evaluation.statistics import (
     aggregate,

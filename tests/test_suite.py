@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline.suite import builtin, load
 

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from zoo import FAMILIES, outputs, state_of, tiny
 
 from benchmark.anatomy import Anatomy, Linear, MLPBlock, Slot, taps
-from benchmark.errors import MethodError
+from benchmark.core.errors import MethodError
 
 
 def hooks(module: nn.Module) -> int:

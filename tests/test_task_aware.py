@@ -14,14 +14,14 @@ from test_mergers import assert_equal, generator, members
 from torch import Tensor
 from zoo import invertible, outputs, perturbed, state_of, tiny
 
-from benchmark import methods
 from benchmark.anatomy import Anatomy, apply_vo, taps
-from benchmark.assets import AssetError
-from benchmark.checkpoint import ForeignState, PerTask, State, digest, forward_of, merged_well
-from benchmark.contracts import Access, Knowledge, Setting
-from benchmark.errors import AccessError, CheckpointError, MethodError
+from benchmark.api import methods
+from benchmark.api.contracts import Access, Knowledge, Setting
+from benchmark.api.methods import merger
+from benchmark.core.errors import AccessError, CheckpointError, MethodError
+from benchmark.core.state import ForeignState, PerTask, State, digest, forward_of, merged_well
+from benchmark.io.assets import AssetError
 from benchmark.merging.smile import _Router, _units
-from benchmark.methods import merger
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite, load

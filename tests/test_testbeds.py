@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmark.assets import verify
-from benchmark.checkpoint import State, add, digest, task_vector
-from benchmark.data import Split, Task
-from benchmark.errors import AssetError, UsageError
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import AssetError, UsageError
+from benchmark.core.state import State, add, digest, task_vector
+from benchmark.io.assets import verify
+from benchmark.learn.training import fine_tune
 from benchmark.testbeds import TESTBEDS, digits, kept, minilm, texts
 from benchmark.testbeds.digits import Digits
 from benchmark.testbeds.minilm import MiniLM
-from benchmark.training import fine_tune
 
 
 @pytest.fixture(scope="module")

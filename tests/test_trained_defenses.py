@@ -13,11 +13,11 @@ from plane import PLANE, RECIPE, TASKS, WIDTH
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy, AttentionBlock, Linear, Slot
-from benchmark.checkpoint import State, digest, task_vector
-from benchmark.contracts import Victim
-from benchmark.errors import UsageError
-from benchmark.methods import defense
-from benchmark.training import fine_tune
+from benchmark.api.contracts import Victim
+from benchmark.api.methods import defense
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State, digest, task_vector
+from benchmark.learn.training import fine_tune
 from defenses.arf import RepulsionLoss, distances
 from defenses.mergeguard import MergeGuard, WeightNormLoss, top_share
 from defenses.trap2 import Trap2, TrapLoss, draw_scale, scaled

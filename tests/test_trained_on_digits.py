@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmark import snapshots
-from benchmark.checkpoint import State, task_vector
-from benchmark.errors import AssetError
-from benchmark.methods import defense, testbed
+from benchmark.api.methods import defense, testbed
+from benchmark.core.errors import AssetError
+from benchmark.core.state import State, task_vector
+from benchmark.learn import snapshots
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.workbench import Workbench
 from defenses.trap2 import scaled

@@ -14,7 +14,7 @@ from unittest import SkipTest
 import pytest
 from conftest import Cli
 
-from benchmark.methods import DEFENSES
+from benchmark.api.methods import DEFENSES
 
 PAGE = Path(__file__).parents[1] / "docs" / "your-defense.md"
 BLOCK = re.compile(r"^```(?P<kind>\w+) ?(?P<title>[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S)

@@ -6,7 +6,7 @@ import hashlib
 import zipfile
 from pathlib import Path
 
-from benchmark.assets import Asset
+from benchmark.io.assets import Asset
 
 FILES = {
     "sample/data/a.txt": "alpha",

@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import Tensor, nn
 
-from benchmark.checkpoint import State
+from benchmark.core.state import State
 
 #: METHODS section 1: max |Δlogit| relative to the largest logit, float32.
 TOLERANCE = 1e-4

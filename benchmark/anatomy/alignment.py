@@ -23,7 +23,7 @@ from benchmark.anatomy.gauge import (
     scale_units,
     within,
 )
-from benchmark.checkpoint import State
+from benchmark.core.state import State
 
 Cost = Literal["inner", "cosine"]
 

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State
-from benchmark.errors import MethodError
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
 
 Gauge = Literal["general", "rotary", "sign"]
 _FREEDOM: tuple[Gauge, ...] = ("sign", "rotary", "general")

@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmark.anatomy.blocks import Channels, MLPBlock
 from benchmark.anatomy.layout import Layout
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 
 Tower = tuple[str, list[MLPBlock], list[Channels]]
 

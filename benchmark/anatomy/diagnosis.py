@@ -29,7 +29,7 @@ from benchmark.anatomy.alignment import (
 )
 from benchmark.anatomy.blocks import Anatomy, AttentionBlock
 from benchmark.anatomy.gauge import permute_heads
-from benchmark.checkpoint import State, norm, norm_growth, task_vector
+from benchmark.core.state import State, norm, norm_growth, task_vector
 
 Kind = Literal["none", "head permutation", "per-head scaling", "diagonal", "orthogonal", "general"]
 #: From the simplest to the most general.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmark.anatomy.blocks import Anatomy, AttentionBlock, Linear, MLPBlock, Slot
 from benchmark.anatomy.convolutional import ROWS, towers
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 
 
 @dataclass(frozen=True)

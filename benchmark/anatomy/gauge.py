@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy.blocks import AttentionBlock, Channels, MLPBlock
-from benchmark.checkpoint import State
+from benchmark.core.state import State
 
 
 def apply_qk(state: State, block: AttentionBlock, a: Tensor) -> None:

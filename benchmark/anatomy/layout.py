@@ -19,7 +19,7 @@ from typing import Literal
 from torch import Tensor
 
 from benchmark.anatomy.blocks import Axis, Channels, Linear, MLPBlock, Slot
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 
 Power = Literal[-1, 0, 1]
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmark.anatomy.blocks import Linear, MLPBlock
-from benchmark.errors import MethodError
+from benchmark.core.errors import MethodError
 
 #: (output of up, output of gate or None), each (..., n) → what enters down, or None to leave it.
 Hidden = Callable[[Tensor, Tensor | None], Tensor | None]

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from benchmark.cli import assets, browse, check, checkpoints, doctor, run
-from benchmark.errors import UnmergeBenchError
+from benchmark.core.errors import UnmergeBenchError
 
 #: No space, no quota, or a file larger than allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

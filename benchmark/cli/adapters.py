@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmark import adapter_folders, folders
-from benchmark.adapter_folders import Adapter
-from benchmark.checkpoint import State, compatible
-from benchmark.errors import UsageError
-from benchmark.folders import Checkpoint
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State, compatible
+from benchmark.io import adapter_folders, folders
+from benchmark.io.adapter_folders import Adapter
+from benchmark.io.folders import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from benchmark.api.specs import did_you_mean
 from benchmark.cli.output import Json, console, print_json, table
-from benchmark.errors import AssetError, UsageError
-from benchmark.specs import did_you_mean
+from benchmark.core.errors import AssetError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.progress import Progress, TaskID
 
-    from benchmark.assets import Asset
-    from benchmark.hub import Repository
+    from benchmark.io.assets import Asset
+    from benchmark.io.hub import Repository
 
 #: What to do where the hub cannot be reached.
 _ELSEWHERE = (
@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 def known() -> dict[str, tuple[Asset, list[str]]]:
     """Every asset of every registered testbed, by package name, and the testbeds that use it."""
-    from benchmark.methods import TESTBEDS
+    from benchmark.api.methods import TESTBEDS
 
     found: dict[str, tuple[Asset, list[str]]] = {}
     for testbed in TESTBEDS.names():
@@ -67,8 +67,8 @@ def list_(as_json: Json = False) -> None:
 
       unmergebench assets list --json
     """
-    from benchmark import hub
-    from benchmark.assets import verify
+    from benchmark.io import hub
+    from benchmark.io.assets import verify
 
     users = {package: testbeds for package, (_, testbeds) in known().items()}
     rows = [
@@ -154,7 +154,7 @@ def fetch(
         TimeRemainingColumn,
     )
 
-    from benchmark import assets
+    from benchmark.io import assets
 
     wheels, wanted = _chosen(names or ["all"])
     done: list[dict[str, object]] = []
@@ -188,7 +188,7 @@ def _mover(bar: Progress, line: TaskID) -> Callable[[int, int], None]:
 
 def _from_hub(repository: Repository) -> dict[str, object]:
     """Its row; the hub's client shows its own progress."""
-    from benchmark import hub
+    from benchmark.io import hub
 
     typer.echo(f"fetching the {repository.kind} {repository.name}", err=True)
     try:

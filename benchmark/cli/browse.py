@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from benchmark.api.specs import did_you_mean, field_type
 from benchmark.cli.output import Json, console, facts, print_json, table
-from benchmark.errors import UsageError
-from benchmark.specs import did_you_mean, field_type
+from benchmark.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from benchmark.registry import Registry
+    from benchmark.api.registry import Registry
 
 
 class Kind(enum.StrEnum):
@@ -116,7 +116,7 @@ _COLUMNS = ("name", "summary", "access", "exact", "role", "testbed", "paper")
 
 
 def _registries() -> dict[str, Registry[Any]]:
-    from benchmark.methods import ATTACKS, DEFENSES, MERGERS, TESTBEDS
+    from benchmark.api.methods import ATTACKS, DEFENSES, MERGERS, TESTBEDS
 
     return {r.kind: r for r in (DEFENSES, ATTACKS, MERGERS, TESTBEDS)}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from benchmark.cli.output import Json, console, facts, print_json, steps, table
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 
 if TYPE_CHECKING:
     from benchmark.conformance.frame import Checks, Report

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from benchmark.cli.output import AsAdapter, Device, Force, Json, Rank, Seed, steps
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
 Base = Annotated[Path, typer.Option("--base", metavar="DIR", help="The public base model.")]
@@ -56,12 +56,14 @@ def protect(
     """  # fmt: skip
     import torch
 
-    from benchmark import folders, methods, probe
-    from benchmark.checkpoint import norm_growth, rounded, to_device
+    from benchmark.api import methods
     from benchmark.cli import adapters
     from benchmark.cli.single import RUN, changed, check_result, needs_data, report, victim
-    from benchmark.device import resolve
+    from benchmark.core.device import resolve
+    from benchmark.core.state import norm_growth, rounded, to_device
+    from benchmark.evaluation import probe
     from benchmark.evaluation.flags import of_release
+    from benchmark.io import folders
 
     method = methods.defense(defense)
     if method.method.card.trains:
@@ -165,9 +167,9 @@ def attack(
     """  # fmt: skip
     import torch
 
-    from benchmark import folders, methods, probe
     from benchmark.anatomy.diagnosis import diagnose
-    from benchmark.checkpoint import to_device
+    from benchmark.api import methods
+    from benchmark.api.contracts import Access, Knowledge
     from benchmark.cli import adapters
     from benchmark.cli.single import (
         changed,
@@ -176,8 +178,10 @@ def attack(
         needs_data,
         report,
     )
-    from benchmark.contracts import Access, Knowledge
-    from benchmark.device import resolve
+    from benchmark.core.device import resolve
+    from benchmark.core.state import to_device
+    from benchmark.evaluation import probe
+    from benchmark.io import folders
 
     method = methods.attack(attack_)
     if method.method.access > Access.WEIGHTS:
@@ -281,12 +285,14 @@ def merge(
 
     import torch
 
-    from benchmark import folders, methods, probe
-    from benchmark.checkpoint import to_device
+    from benchmark.api import methods
+    from benchmark.api.contracts import Access
     from benchmark.cli import adapters, single
     from benchmark.cli.single import changed, check_result, needs_data, report
-    from benchmark.contracts import Access
-    from benchmark.device import resolve
+    from benchmark.core.device import resolve
+    from benchmark.core.state import to_device
+    from benchmark.evaluation import probe
+    from benchmark.io import folders
     from benchmark.merging.folderwise import merge_folders
 
     method = methods.merger(merger)

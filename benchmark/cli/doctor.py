@@ -96,7 +96,7 @@ def _device() -> Finding:
 
 
 def _cache() -> Finding:
-    from benchmark.paths import cache
+    from benchmark.core.paths import cache
 
     folder = cache()
     try:
@@ -114,8 +114,8 @@ def _cache() -> Finding:
 
 
 def _assets() -> list[Finding]:
-    from benchmark.assets import available, verify
     from benchmark.cli import assets
+    from benchmark.io.assets import available, verify
 
     findings = []
     for asset, testbeds in assets.known().values():

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from benchmark.contracts import Card
+    from benchmark.api.contracts import Card
+    from benchmark.core.records import Cell
     from benchmark.pipeline.run import Progress
-    from benchmark.records import Cell
 
 
 #: Seconds after which a log without a terminal says what is being done.
@@ -66,8 +66,8 @@ def run(
 
       unmergebench run my-suite.toml --device cuda
     """
-    from benchmark import device as devices
-    from benchmark.errors import Interrupted
+    from benchmark.core import device as devices
+    from benchmark.core.errors import Interrupted
     from benchmark.pipeline import plan as planning
     from benchmark.pipeline import run as running
     from benchmark.pipeline.suite import load

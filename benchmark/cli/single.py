@@ -8,11 +8,11 @@ from typing import Any, NoReturn, cast
 
 import torch
 
-from benchmark.checkpoint import State, compatible
+from benchmark.api.contracts import Setting, Victim
 from benchmark.cli.output import console, facts, print_json
-from benchmark.contracts import Setting, Victim
-from benchmark.errors import MethodError, UnmergeBenchError, UsageError
-from benchmark.folders import Checkpoint
+from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError
+from benchmark.core.state import State, compatible
+from benchmark.io.folders import Checkpoint
 
 RUN = "`unmergebench run` gives it a testbed"
 

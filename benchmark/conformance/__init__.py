@@ -16,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TypeVar
 
-from benchmark import methods
+from benchmark.api import methods
+from benchmark.api.contracts import Attack, Defense, Merger
+from benchmark.api.methods import Named
 from benchmark.conformance import frame
 from benchmark.conformance.attacks import check as ATTACK_CHECKS
 from benchmark.conformance.case import AnyCase, warm_up
@@ -26,9 +28,7 @@ from benchmark.conformance.mergers import check as MERGER_CHECKS
 from benchmark.conformance.merges import MergeCase
 from benchmark.conformance.scenes import AttackCase
 from benchmark.conformance.subjects import DefenseCase
-from benchmark.contracts import Attack, Defense, Merger
-from benchmark.errors import MethodError, UsageError
-from benchmark.methods import Named
+from benchmark.core.errors import MethodError, UsageError
 
 __all__ = [
     "ATTACK_CHECKS",

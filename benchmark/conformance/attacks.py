@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmark import methods
-from benchmark.checkpoint import State, digest
+from benchmark.api import methods
+from benchmark.api.contracts import Ensemble, Members, Merger, Setting
 from benchmark.conformance import behaviour, definition, tiers
 from benchmark.conformance.behaviour import equal, fit, fits
 from benchmark.conformance.case import REFUSALS, Result
@@ -14,8 +14,8 @@ from benchmark.conformance.frame import CheckFailed, Checks
 from benchmark.conformance.scenes import MERGER, AttackCase, Scene
 from benchmark.conformance.subjects import accuracy, logits
 from benchmark.conformance.testbed import Tiny
-from benchmark.contracts import Ensemble, Members, Merger, Setting
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State, digest
 from benchmark.evaluation.accuracy import relative_gap
 
 check: Checks[AttackCase] = Checks("attack")

@@ -12,15 +12,15 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 
-from benchmark import checkpoint
-from benchmark.checkpoint import ForeignState, State, digest, merged_well
 from benchmark.conformance import guards
 from benchmark.conformance.case import REFUSALS, AnyCase, Result
 from benchmark.conformance.definition import random_states_kept, settings_kept
 from benchmark.conformance.frame import CheckFailed, Checks, describe
 from benchmark.conformance.measure import Watch
 from benchmark.conformance.testbed import ARCHITECTURES, Tiny
-from benchmark.errors import CheckpointError
+from benchmark.core import state as states
+from benchmark.core.errors import CheckpointError
+from benchmark.core.state import ForeignState, State, digest, merged_well
 
 #: ‖ΔW‖ / ‖W‖ that another order of summation explains; training multiplies it.
 ROUNDING, ROUNDING_TRAINED = 1e-3, 1e-1
@@ -50,7 +50,7 @@ def finite(case: AnyCase) -> None:
     """No tensor of the result holds NaN or infinity."""
     for name, state in case.result.items():
         try:
-            checkpoint.finite(state, name)
+            states.finite(state, name)
         except CheckpointError as error:
             raise CheckFailed(str(error)) from None
 

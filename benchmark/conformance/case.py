@@ -9,12 +9,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from benchmark.checkpoint import ForeignState, State, to_device
+from benchmark.api.methods import Named
 from benchmark.conformance.frame import CheckFailed
 from benchmark.conformance.guards import reseed
 from benchmark.conformance.testbed import ARCHITECTURES, Architecture, Tiny
-from benchmark.errors import MethodError, UsageError
-from benchmark.methods import Named
+from benchmark.core.errors import MethodError, UsageError
+from benchmark.core.state import ForeignState, State, to_device
 
 M = TypeVar("M")
 I = TypeVar("I")  # noqa: E741

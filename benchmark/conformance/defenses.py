@@ -8,11 +8,11 @@ import re
 
 import torch
 
-from benchmark.checkpoint import ForeignState
 from benchmark.conformance import behaviour, definition
 from benchmark.conformance.frame import CheckFailed, Checks
 from benchmark.conformance.subjects import DefenseCase, accuracy, expert, logits, victim
 from benchmark.conformance.testbed import Tiny
+from benchmark.core.state import ForeignState
 from benchmark.evaluation.accuracy import relative_gap
 
 #: METHODS section 1: max |Δlogit| relative to the largest logit, float32.

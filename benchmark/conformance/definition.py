@@ -7,12 +7,12 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from benchmark.api.contracts import Card
+from benchmark.api.specs import build, canonical, field_type, parameters, parse
 from benchmark.conformance import guards
 from benchmark.conformance.case import AnyCase
 from benchmark.conformance.frame import CheckFailed, Checks
-from benchmark.contracts import Card
-from benchmark.errors import UsageError
-from benchmark.specs import build, canonical, field_type, parameters, parse
+from benchmark.core.errors import UsageError
 
 #: Part of the list of every kind of method.
 check: Checks[AnyCase] = Checks("method")

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 from unittest import SkipTest
 
+from benchmark.api.specs import did_you_mean
 from benchmark.conformance.guards import restored
-from benchmark.errors import UsageError
-from benchmark.specs import did_you_mean
+from benchmark.core.errors import UsageError
 
 S = TypeVar("S")
 

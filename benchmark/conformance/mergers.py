@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmark.checkpoint import State, with_variances
+from benchmark.api.contracts import Setting
 from benchmark.conformance import behaviour, definition, tiers
 from benchmark.conformance.behaviour import ROUNDING, equal, fit, near
 from benchmark.conformance.case import REFUSALS
@@ -16,7 +16,7 @@ from benchmark.conformance.frame import CheckFailed, Checks
 from benchmark.conformance.merges import MergeCase, Merging, words
 from benchmark.conformance.subjects import accuracy, expert, logits
 from benchmark.conformance.testbed import Tiny
-from benchmark.contracts import Setting
+from benchmark.core.state import State, with_variances
 from benchmark.evaluation.accuracy import relative_gap
 
 #: ‖ΔW‖ / ‖W‖ of one merge computed in two ways.

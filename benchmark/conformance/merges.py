@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmark.checkpoint import ForeignState, PerTask, State, digest
+from benchmark.api.contracts import Access, Knowledge, Merger, Setting
 from benchmark.conformance.case import Device, Result
 from benchmark.conformance.scenes import FreeRiderCase, Logged, knowing, tasks_of
 from benchmark.conformance.subjects import copies, data_of, expert
 from benchmark.conformance.testbed import Tiny
-from benchmark.contracts import Access, Knowledge, Merger, Setting
-from benchmark.data import Task
+from benchmark.core.data import Task
+from benchmark.core.state import ForeignState, PerTask, State, digest
 from benchmark.merging.layers import by_layer
 
 

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from benchmark.checkpoint import State, digest
+from benchmark.api.contracts import Defense, Victim
 from benchmark.conformance.case import Case, Device, Result
 from benchmark.conformance.guards import reseed
 from benchmark.conformance.testbed import Architecture, Tiny
-from benchmark.contracts import Defense, Victim
-from benchmark.data import Split, Task
+from benchmark.core.data import Split, Task
+from benchmark.core.state import State, digest
 from benchmark.evaluation.accuracy import Evaluator
-from benchmark.training import Loss, Recipe, fine_tune
+from benchmark.learn.training import Loss, Recipe, fine_tune
 
 
 @functools.cache

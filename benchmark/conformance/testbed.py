@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Testbed
-from benchmark.data import Split, Task
-from benchmark.training import Recipe
+from benchmark.api.contracts import Card, Testbed
+from benchmark.core.data import Split, Task
+from benchmark.core.state import State
+from benchmark.learn.training import Recipe
 
 #: Every architecture that methods are checked on; to add one, name it here and in :func:`_module`.
 Architecture = Literal["vit", "bert", "llama", "resnet"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmark.api.contracts import Access, Ensemble
 from benchmark.conformance.behaviour import equal
 from benchmark.conformance.frame import CheckFailed, Checks
 from benchmark.conformance.measure import optimizer_steps
 from benchmark.conformance.scenes import FreeRiderCase
-from benchmark.contracts import Access, Ensemble
-from benchmark.errors import AccessError
+from benchmark.core.errors import AccessError
 
 #: Part of the lists of attacks and of mergers.
 check: Checks[FreeRiderCase[Any, Any]] = Checks("method")

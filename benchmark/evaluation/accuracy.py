@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import PerTask, State, forward_of, to_device
-from benchmark.contracts import Testbed
-from benchmark.data import Task
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Testbed
+from benchmark.core.data import Task
+from benchmark.core.errors import MethodError
+from benchmark.core.state import PerTask, State, forward_of, to_device
 
 
 class Evaluator:

@@ -1,6 +1,6 @@
 """What honest users do to a release: State → State. Nothing here knows of a defense.
 
-``bf16`` is :func:`benchmark.checkpoint.rounded`. The others:
+``bf16`` is :func:`benchmark.core.state.rounded`. The others:
 
     int8:    ŵ = s_w · round(w / s_w),            s_w = max |row| / 127.5    (per output row)
              x̂ = s_x · (round(x / s_x + z) − z),  s_x = (max − min) / 127    (per call)
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark.adapters import Lora
-from benchmark.checkpoint import ForeignState, Forward, State, forward_of, rounded
-from benchmark.training import Recipe
+from benchmark.core.state import ForeignState, Forward, State, forward_of, rounded
+from benchmark.learn.adapters import Lora
+from benchmark.learn.training import Recipe
 
 __all__ = ["USES", "adapting", "int8", "pruned", "rounded"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from benchmark.anatomy.blocks import Gauge
-    from benchmark.contracts import Card
+    from benchmark.api.contracts import Card
 
 
 #: Max relative |Δlogit| that float32 leaves of an exact transform (METHODS section 1).

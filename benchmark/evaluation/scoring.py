@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from benchmark.errors import MethodError
+from benchmark.core.errors import MethodError
 
 NO_BENEFIT = 0.02
 UTILITY_GATE = 0.015

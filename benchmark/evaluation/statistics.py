@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmark.errors import UnmergeBenchError
-from benchmark.records import Cell
+from benchmark.core.errors import UnmergeBenchError
+from benchmark.core.records import Cell
 
 RESAMPLES = 1000
 SEED = 0

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Card, Knowledge
+from benchmark.api.contracts import Access, Card, Knowledge
+from benchmark.core.state import State
 from benchmark.merging.informed import Inputs, Learner, combined
 from benchmark.merging.streaming import moved
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Knowledge, Setting
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.state import State
 from benchmark.merging.selection import threshold
 from benchmark.merging.streaming import Cut, Difference, differences
 from benchmark.merging.tau import GridMerger, active, weighted_sum

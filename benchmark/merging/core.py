@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.contracts import Card
-from benchmark.lowrank import thin_svd
+from benchmark.api.contracts import Card
+from benchmark.core.lowrank import thin_svd
 from benchmark.merging.shared_basis import Coordinates, SharedBasisMerger
 from benchmark.merging.ties import Scope
 

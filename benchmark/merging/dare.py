@@ -19,8 +19,8 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.checkpoint import State, digest, task_vector
-from benchmark.contracts import Card, Knowledge, Setting
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.state import State, digest, task_vector
 from benchmark.merging.tau import GridMerger, active, weighted_sum
 from benchmark.merging.ties import elected
 

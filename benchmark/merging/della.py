@@ -17,8 +17,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Card, Knowledge, Setting
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.state import State, task_vector
 from benchmark.merging.dare import draws_of
 from benchmark.merging.tau import GridMerger, active, weighted_sum
 from benchmark.merging.ties import elected

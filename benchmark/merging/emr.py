@@ -15,9 +15,9 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.checkpoint import PerTask, State, task_vector
-from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.errors import MethodError
+from benchmark.core.state import PerTask, State, task_vector
 from benchmark.merging.streaming import moved, wide
 from benchmark.merging.tau import UnweightedMerger, active, weighted_sum
 

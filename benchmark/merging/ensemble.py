@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import ForeignState, State
-from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.errors import MethodError
+from benchmark.core.state import ForeignState, State
 from benchmark.merging.tau import GridMerger, active
 
 

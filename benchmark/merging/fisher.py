@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, norm, task_vector
-from benchmark.contracts import Access, Card, Knowledge, Setting
+from benchmark.api.contracts import Access, Card, Knowledge, Setting
+from benchmark.core.state import State, norm, task_vector
 from benchmark.merging.informed import informed
 from benchmark.merging.streaming import moved, wide
 from benchmark.merging.tau import PreparedMerger, active, check_grid, searched

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmark.checkpoint import State, with_variances
-from benchmark.contracts import Access, Knowledge, Merger, Setting
-from benchmark.folders import Checkpoint
+from benchmark.api.contracts import Access, Knowledge, Merger, Setting
+from benchmark.core.state import State, with_variances
+from benchmark.io.folders import Checkpoint
 
 
 class FolderMerger(ABC):

@@ -9,9 +9,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Knowledge, Setting
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Knowledge, Setting
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State, task_vector
 from benchmark.merging.streaming import moved, wide
 from benchmark.merging.tau import UnweightedMerger, active
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Setting
+from benchmark.api.contracts import Setting
+from benchmark.core.state import State
 
 _LAYER = re.compile(r"\.(\d+)\.")
 

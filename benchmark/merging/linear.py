@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Knowledge, Setting
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.state import State
 from benchmark.merging.streaming import differences
 from benchmark.merging.tau import GridMerger, UnweightedMerger, active, weighted_sum
 

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import torch
 
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Card, Knowledge, Setting
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.state import State, task_vector
 from benchmark.merging.tau import GridMerger, active, weighted_sum
 
 

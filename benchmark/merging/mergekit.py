@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, compatible
-from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.errors import MethodError, UsageError, first_line
-from benchmark.folders import Checkpoint
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.errors import MethodError, UsageError, first_line
+from benchmark.core.state import State, compatible
+from benchmark.io.folders import Checkpoint
 from benchmark.merging import mergekit_cli
 from benchmark.merging.folderwise import FolderMerger
 from benchmark.merging.mergekit_cli import Request, refuse_unknown

@@ -23,11 +23,11 @@ from typing import Any, Literal
 
 import safetensors.torch
 
-from benchmark import tensorfiles
-from benchmark.checkpoint import State
-from benchmark.errors import MethodError
-from benchmark.folders import Checkpoint
-from benchmark.specs import did_you_mean
+from benchmark.api.specs import did_you_mean
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
+from benchmark.io import tensorfiles
+from benchmark.io.folders import Checkpoint
 
 Program = Literal["mergekit-yaml", "mergekit-pytorch"]
 #: Where the console scripts come from, for an environment that lacks them.

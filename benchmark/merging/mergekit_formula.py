@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Merger, Setting
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Merger, Setting
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
 from benchmark.merging.breadcrumbs import Breadcrumbs
 from benchmark.merging.linear import TaskArithmetic
 from benchmark.merging.mergekit_cli import Request

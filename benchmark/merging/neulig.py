@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Card, Knowledge
-from benchmark.data import Split
+from benchmark.api.contracts import Access, Card, Knowledge
+from benchmark.core.data import Split
+from benchmark.core.state import State
 from benchmark.merging.informed import Learner
 from benchmark.merging.tau import weighted_sum
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Card, Knowledge
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Access, Card, Knowledge
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
 from benchmark.merging.informed import Inputs, Learner, combined
 from benchmark.merging.streaming import moved
 

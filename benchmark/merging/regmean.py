@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy, Slot, taps
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Card, Knowledge, Setting
+from benchmark.api.contracts import Access, Card, Knowledge, Setting
+from benchmark.core.state import State
 from benchmark.merging.informed import Inputs, informed
 from benchmark.merging.streaming import differences
 from benchmark.merging.tau import (

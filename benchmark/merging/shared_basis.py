@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy, Slot
-from benchmark.checkpoint import State
-from benchmark.contracts import Knowledge, Setting
-from benchmark.lowrank import rounding
+from benchmark.api.contracts import Knowledge, Setting
+from benchmark.core.lowrank import rounding
+from benchmark.core.state import State
 from benchmark.merging.linear import TaskArithmetic
 from benchmark.merging.streaming import differences, moved, wide
 from benchmark.merging.tau import GridMerger, active, searched

@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
 from benchmark.merging.streaming import wide
 from benchmark.merging.tau import PreparedMerger, active, check_grid
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy, AttentionBlock, Linear, MLPBlock, taps
-from benchmark.checkpoint import ForeignState, State
-from benchmark.contracts import Card, Knowledge, Setting
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.errors import MethodError
+from benchmark.core.state import ForeignState, State
 from benchmark.merging.streaming import wide
 from benchmark.merging.tau import UnweightedMerger, active
 

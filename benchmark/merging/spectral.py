@@ -13,8 +13,8 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, task_vector
-from benchmark.contracts import Card, Knowledge, Setting
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.state import State, task_vector
 from benchmark.merging.streaming import moved, wide
 from benchmark.merging.tau import GridMerger, active, searched
 

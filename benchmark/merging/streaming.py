@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State
+from benchmark.core.state import State
 
 #: Entries of a piece on a CPU: 512 KiB of float32. Long enough for torch to share each operation
 #: out among its threads (Python's would wait for the interpreter's lock), short enough for a cache.
@@ -74,7 +74,7 @@ class Cut:
 
 
 def differences(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Difference]:
-    """:func:`benchmark.checkpoint.task_vector`, unevaluated: only tensors that moved."""
+    """:func:`benchmark.core.state.task_vector`, unevaluated: only tensors that moved."""
     floats = {key: value for key, value in expert.items() if value.is_floating_point()}
     found = {
         key: Difference(value.reshape(-1), base[key].reshape(-1))

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Knowledge, Merger, Setting
-from benchmark.errors import MethodError
+from benchmark.api.contracts import Knowledge, Merger, Setting
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
 from benchmark.merging.layers import by_layer
 from benchmark.merging.streaming import Tau, streamed
 
@@ -45,7 +45,7 @@ class PreparedMerger(Merger):
         knowledge: Knowledge | None,
         rng: torch.Generator,
     ) -> Callable[[Setting], State]:
-        """As in :class:`benchmark.contracts.Merger`."""
+        """As in :class:`benchmark.api.contracts.Merger`."""
 
 
 class UnweightedMerger(PreparedMerger):

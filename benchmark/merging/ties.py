@@ -21,8 +21,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Knowledge, Setting
+from benchmark.api.contracts import Card, Knowledge, Setting
+from benchmark.core.state import State
 from benchmark.merging.selection import threshold
 from benchmark.merging.streaming import Cut, Difference, Tau, differences, streamed
 from benchmark.merging.tau import GridMerger, active, searched

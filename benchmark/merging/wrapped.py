@@ -1,4 +1,4 @@
-"""Mergers that an attack uses in its own way (:meth:`benchmark.contracts.Attack.merging`)."""
+"""Mergers that an attack uses in its own way (:meth:`benchmark.api.contracts.Attack.merging`)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Access, Attack, Card, Knowledge, Merger, Setting
+from benchmark.api.contracts import Access, Attack, Card, Knowledge, Merger, Setting
+from benchmark.core.state import State
 from benchmark.merging.tau import PreparedMerger
 
 

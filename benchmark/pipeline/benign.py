@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmark.checkpoint import ForeignState, State
-from benchmark.errors import MethodError
+from benchmark.core.errors import MethodError
+from benchmark.core.state import ForeignState, State
 from benchmark.evaluation import benign as uses
 from benchmark.pipeline.fingerprint import sha, source_hash
 from benchmark.pipeline.workbench import Model, Workbench, generator

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from benchmark.checkpoint import (
+from benchmark.api.contracts import Access, Attack, Budget, Merger, Setting
+from benchmark.api.methods import Named
+from benchmark.core.state import (
     ForeignState,
     PerTask,
     State,
@@ -13,9 +15,7 @@ from benchmark.checkpoint import (
     merged_well,
     with_variances,
 )
-from benchmark.contracts import Access, Attack, Budget, Merger, Setting
 from benchmark.merging.layers import by_layer
-from benchmark.methods import Named
 from benchmark.pipeline.fingerprint import sha
 from benchmark.pipeline.suite import Group
 from benchmark.pipeline.workbench import Model, Workbench, generator, method_key

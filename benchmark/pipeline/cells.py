@@ -6,9 +6,11 @@ import errno
 import time
 from collections.abc import Mapping
 
-from benchmark.checkpoint import digest
-from benchmark.contracts import Access, Attack, Setting
-from benchmark.errors import AssetError
+from benchmark.api.contracts import Access, Attack, Setting
+from benchmark.api.methods import Named, attack, defense, merger
+from benchmark.core.errors import AssetError
+from benchmark.core.records import Cell, Hashes, Seconds, Spent
+from benchmark.core.state import digest
 from benchmark.evaluation.flags import of_release
 from benchmark.evaluation.scoring import (
     UTILITY_GATE,
@@ -19,7 +21,6 @@ from benchmark.evaluation.scoring import (
     protection,
 )
 from benchmark.evaluation.statistics import pack_bits, ratio_protection
-from benchmark.methods import Named, attack, defense, merger
 from benchmark.pipeline import benign
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate, Skip
@@ -27,7 +28,6 @@ from benchmark.pipeline.freerider import FreeRider, Outcome
 from benchmark.pipeline.plan import Planned
 from benchmark.pipeline.suite import Group, Suite
 from benchmark.pipeline.workbench import Model, Workbench
-from benchmark.records import Cell, Hashes, Seconds, Spent
 
 #: A full or unwritable disk says nothing about a method: it stops the run.
 MACHINE_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}

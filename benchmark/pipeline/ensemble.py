@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from benchmark import methods
-from benchmark.contracts import Attack, Defense, Ensemble, Merger, Setting
-from benchmark.errors import MethodError, UnmergeBenchError, first_line
+from benchmark.api import methods
+from benchmark.api.contracts import Attack, Defense, Ensemble, Merger, Setting
+from benchmark.api.methods import Named
+from benchmark.core.errors import MethodError, UnmergeBenchError, first_line
 from benchmark.evaluation.scoring import accuracies
-from benchmark.methods import Named
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate, Skip
 from benchmark.pipeline.suite import Group

@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmark import methods
-from benchmark.contracts import Access, Attack, Defense, Ensemble, Merger, Setting
-from benchmark.errors import MethodError, UnmergeBenchError, UsageError, first_line
+from benchmark.api import methods
+from benchmark.api.contracts import Access, Attack, Defense, Ensemble, Merger, Setting
+from benchmark.api.methods import Named
+from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError, first_line
+from benchmark.core.records import Search
 from benchmark.evaluation.scoring import accuracies
 from benchmark.evaluation.search import Racer, race
-from benchmark.methods import Named
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate, Skip
 from benchmark.pipeline.ensemble import Screening, screen
 from benchmark.pipeline.suite import Group, Suite
 from benchmark.pipeline.workbench import Workbench
-from benchmark.records import Search
 
 Ranked = list[tuple[Candidate, float]]
 

@@ -8,14 +8,14 @@ from itertools import product
 
 import torch
 
-from benchmark import methods
-from benchmark.contracts import Attack, Defense, Merger, Testbed
-from benchmark.errors import UsageError
-from benchmark.methods import Named
+from benchmark.api import methods
+from benchmark.api.contracts import Attack, Defense, Merger, Testbed
+from benchmark.api.methods import Named
+from benchmark.api.specs import did_you_mean
+from benchmark.core.errors import UsageError
 from benchmark.pipeline.fingerprint import sha, source_hash
 from benchmark.pipeline.suite import Group, Suite
 from benchmark.pipeline.workbench import method_key, testbed_key
-from benchmark.specs import did_you_mean
 
 
 @dataclass(frozen=True)

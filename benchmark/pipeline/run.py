@@ -16,11 +16,11 @@ import torch
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from benchmark.errors import UnmergeBenchError, UsageError
-from benchmark.paths import cache, replacing, write_text
+from benchmark.core.errors import UnmergeBenchError, UsageError
+from benchmark.core.paths import cache, replacing, write_text
+from benchmark.core.records import SCHEMA_VERSION, Cell
 from benchmark.pipeline.plan import Plan, Planned
 from benchmark.pipeline.store import Store
-from benchmark.records import SCHEMA_VERSION, Cell
 
 PACKAGES = (
     "unmergebench",

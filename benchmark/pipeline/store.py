@@ -22,8 +22,8 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from benchmark.checkpoint import State, digest
-from benchmark.paths import replacing
+from benchmark.core.paths import replacing
+from benchmark.core.state import State, digest
 from benchmark.pipeline.fingerprint import sha
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from benchmark.errors import UsageError
+from benchmark.api.specs import did_you_mean
+from benchmark.core.errors import UsageError
 from benchmark.pipeline.fingerprint import sha
 from benchmark.pipeline.published import Published
-from benchmark.specs import did_you_mean
 
 
 class Group(BaseModel):

@@ -18,16 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import (
-    State,
-    compatible,
-    digest,
-    norm_growth,
-    ordered,
-    rounded,
-    to_device,
-)
-from benchmark.contracts import (
+from benchmark.api.contracts import (
     Access,
     Attack,
     Defense,
@@ -37,15 +28,24 @@ from benchmark.contracts import (
     Testbed,
     Victim,
 )
-from benchmark.data import Split
+from benchmark.api.methods import Named
+from benchmark.api.specs import parameters
+from benchmark.core.data import Split
+from benchmark.core.state import (
+    State,
+    compatible,
+    digest,
+    norm_growth,
+    ordered,
+    rounded,
+    to_device,
+)
 from benchmark.evaluation.accuracy import Evaluator, relative_gap
 from benchmark.evaluation.statistics import pack_bits, unpack_bits
-from benchmark.methods import Named
+from benchmark.learn.training import Loss, Recipe, fine_tune
 from benchmark.pipeline.fingerprint import sha, source_hash
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.suite import Group
-from benchmark.specs import parameters
-from benchmark.training import Loss, Recipe, fine_tune
 
 #: Bytes of States that are kept in memory, in all.
 MEMORY = 4e9

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.paths import write_text
-from benchmark.records import Cell
+from benchmark.core.paths import write_text
+from benchmark.core.records import Cell
 
 if TYPE_CHECKING:
-    from benchmark.contracts import Card
+    from benchmark.api.contracts import Card
     from benchmark.reporting.board import Leaderboard
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmark.records import SCHEMA_VERSION, Status
+from benchmark.core.records import SCHEMA_VERSION, Status
 from benchmark.reporting.published import PublishedLine
 
 Tier = Literal["weights", "unlabeled", "labeled"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-from benchmark.records import Cell
+from benchmark.core.records import Cell
 from benchmark.reporting.board import TIERS, Entry, Leaderboard, Use
 
 

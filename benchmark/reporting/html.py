@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmark.records import Cell
+from benchmark.core.records import Cell
 from benchmark.reporting.board import (
     BROKEN,
     EXACT,

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from benchmark.paths import replacing
-from benchmark.records import Cell
+from benchmark.core.paths import replacing
+from benchmark.core.records import Cell
 from benchmark.reporting.board import BROKEN, GATE, Entry, Leaderboard, Tier
 from benchmark.reporting.costs import Curve, break_curves
 from benchmark.reporting.summary import FixedLine, attacks_of, fixed_lines, scope

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from benchmark.errors import UsageError
+from benchmark.api.specs import parse
+from benchmark.core.errors import UsageError
+from benchmark.core.records import Cell
 from benchmark.pipeline.published import Published
-from benchmark.records import Cell
-from benchmark.specs import parse
 
 
 class Measured(BaseModel):

@@ -13,9 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
+from benchmark.core.records import Cell, Status
 from benchmark.evaluation.statistics import Aggregate, aggregate
-from benchmark.records import Cell, Status
 from benchmark.reporting import costs
 from benchmark.reporting.board import (
     BROKEN,
@@ -32,7 +32,7 @@ from benchmark.reporting.board import (
 )
 
 if TYPE_CHECKING:
-    from benchmark.contracts import Card
+    from benchmark.api.contracts import Card
 
 UNATTACKED = UNDEFENDED = "none"
 _ORDER = {"ranked": 0, "below-gate": 1, "unranked": 2, "control": 3, "reference": 4}
@@ -44,8 +44,8 @@ def card_of(spec: str) -> Card:
     A spec that names a Python file is not opened: a run may be somebody else's, and opening it
     would execute it. Whoever runs such a defense hands its card to :func:`rank`.
     """
-    from benchmark.contracts import Card
-    from benchmark.methods import defense
+    from benchmark.api.contracts import Card
+    from benchmark.api.methods import defense
 
     if ".py:" in spec:
         return Card(summary="a file of its own, not opened")

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmark.records import Cell
+from benchmark.core.records import Cell
 from benchmark.reporting.board import TIERS, Entry, Row, Tier
 
 

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from benchmark.records import Cell
+from benchmark.core.records import Cell
 from benchmark.reporting.board import (
     BROKEN,
     GATE,

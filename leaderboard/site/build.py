@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 from leaderboard.folder import slug
 from leaderboard.site import collect, downloads, pages
 

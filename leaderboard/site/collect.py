@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from benchmark.errors import UnmergeBenchError
+from benchmark.core.errors import UnmergeBenchError
 from benchmark.pipeline.fingerprint import sha
 from benchmark.reporting.board import Leaderboard, Row, Tier
 from leaderboard import folder

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from benchmark.errors import UnmergeBenchError
+from benchmark.core.errors import UnmergeBenchError
 from benchmark.evaluation.flags import FLAGS
 from benchmark.pipeline.suite import builtin
 from benchmark.reporting.board import STANDINGS, TIERS, Entry, Leaderboard, band

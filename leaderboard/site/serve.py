@@ -7,7 +7,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from benchmark.errors import UnmergeBenchError, UsageError
+from benchmark.core.errors import UnmergeBenchError, UsageError
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Setting
-from benchmark.methods import merger
+from benchmark.api.contracts import Setting
+from benchmark.api.methods import merger
+from benchmark.core.state import State
 
 MIB = 2**20
 

@@ -17,7 +17,7 @@ import subjects
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmark.checkpoint import State
+from benchmark.core.state import State
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.benchmark(group="merging 2 × 87.8 M")]
 

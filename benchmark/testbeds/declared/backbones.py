@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from benchmark.checkpoint import State, compatible
+from benchmark.core.state import State, compatible
 from benchmark.testbeds.declared.pixels import Pixels
 from benchmark.testbeds.padding import chunks
 

@@ -1,4 +1,4 @@
-"""Frozen heads with unit rows, as :class:`benchmark.data.Task` wants them."""
+"""Frozen heads with unit rows, as :class:`benchmark.core.data.Task` wants them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 from benchmark.testbeds.declared.backbones import Embed
 
 #: Prompt sets by the name they have in open_clip.

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark.checkpoint import State
-from benchmark.errors import CheckpointError, UsageError
-from benchmark.folders import Checkpoint, load
-from benchmark.loaders import CLIP_CONFIG
-from benchmark.specs import did_you_mean
+from benchmark.api.specs import did_you_mean
+from benchmark.core.errors import CheckpointError, UsageError
+from benchmark.core.state import State
+from benchmark.io.folders import Checkpoint, load
+from benchmark.io.loaders import CLIP_CONFIG
 from benchmark.testbeds.declared import words
 from benchmark.testbeds.declared.backbones import (
     Backbone,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 
 Channels = tuple[float, float, float]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmark.errors import AssetError, UsageError
-from benchmark.folders import files_below
-from benchmark.hub import MODEL_FILES
+from benchmark.core.errors import AssetError, UsageError
+from benchmark.io.folders import files_below
+from benchmark.io.hub import MODEL_FILES
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from benchmark.errors import UsageError
-from benchmark.specs import did_you_mean
+from benchmark.api.specs import did_you_mean
+from benchmark.core.errors import UsageError
+from benchmark.learn.training import Recipe
 from benchmark.testbeds.declared.backbones import Pooling
 from benchmark.testbeds.declared.pixels import Channels
-from benchmark.training import Recipe
 
 Part = Literal["train", "validation", "test"]
 Head = Literal["label-names", "linear-probe"]
@@ -25,7 +25,7 @@ class _Strict(BaseModel):
 
 
 class RecipeSpec(_Strict):
-    """How an expert is trained; see :class:`benchmark.training.Recipe`. ``clip = 0``: none."""
+    """How an expert is trained; see :class:`benchmark.api.recipe.Recipe`. ``clip = 0``: none."""
 
     steps: int = Field(default=80, ge=1)
     batch_size: int = Field(default=32, ge=1)

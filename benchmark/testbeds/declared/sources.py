@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmark.errors import UsageError, first_line
+from benchmark.core.errors import UsageError, first_line
 from benchmark.testbeds.declared.places import Place, folder, hashed, place, unavailable
 from benchmark.testbeds.declared.schema import Files, Part, TaskSpec
 

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State
-from benchmark.contracts import Card, Testbed
-from benchmark.data import Split, Task
-from benchmark.errors import UsageError
-from benchmark.specs import did_you_mean
+from benchmark.api.contracts import Card, Testbed
+from benchmark.api.specs import did_you_mean
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State
+from benchmark.learn.training import Recipe
 from benchmark.testbeds.declared import heads
 from benchmark.testbeds.declared.backbones import Backbone
 from benchmark.testbeds.declared.opening import Input, named_base, open_backbone, read
@@ -25,7 +26,6 @@ from benchmark.testbeds.declared.places import Place, place
 from benchmark.testbeds.declared.schema import Part, TaskSpec, TestbedSpec, parse
 from benchmark.testbeds.declared.sources import Rows, Source
 from benchmark.testbeds.kept import kept
-from benchmark.training import Recipe
 
 _REVISION = 1  # of splitting and heads: raise it when they change
 _PARTS: tuple[Part, ...] = ("train", "validation", "test")
@@ -200,7 +200,7 @@ class Declared(Testbed):
 
 @functools.lru_cache(maxsize=16)
 def _parsed(text: str, where: str) -> TestbedSpec:
-    from benchmark.testbeds import TESTBEDS
+    from benchmark.api.methods import TESTBEDS
 
     spec = parse(text, where)
     if spec.name in TESTBEDS.names():

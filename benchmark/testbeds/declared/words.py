@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark.errors import CheckpointError, first_line
-from benchmark.folders import load
+from benchmark.core.errors import CheckpointError, first_line
+from benchmark.io.folders import load
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 
 _SPEC = re.compile(r"^(?P<name>[^()\s]+)\s*(?:\((?P<arguments>.*)\))?$", re.DOTALL)
 

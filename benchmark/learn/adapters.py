@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State
-from benchmark.errors import MethodError
+from benchmark.core.errors import MethodError
+from benchmark.core.state import State
 
 if TYPE_CHECKING:
     from benchmark.anatomy import Anatomy, Slot

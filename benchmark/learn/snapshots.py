@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import State, digest
-from benchmark.data import Split
-from benchmark.paths import replacing
+from benchmark.core.data import Split
+from benchmark.core.paths import replacing
+from benchmark.core.state import State, digest
 
 if TYPE_CHECKING:
-    from benchmark.contracts import Testbed
-    from benchmark.training import Loss, Recipe, _Batches
+    from benchmark.api.contracts import Testbed
+    from benchmark.learn.training import Loss, Recipe, _Batches
 
 log = logging.getLogger(__name__)
 

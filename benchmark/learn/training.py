@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from benchmark.adapters import LORA_RATE, Adapters, Lora
-from benchmark.checkpoint import State, forward_of, statistic
-from benchmark.data import Split, Task
-from benchmark.snapshots import Snapshots, interruptible
+from benchmark.core.data import Split, Task
+from benchmark.core.state import State, forward_of, statistic
+from benchmark.learn.adapters import LORA_RATE, Adapters, Lora
+from benchmark.learn.snapshots import Snapshots, interruptible
 
 if TYPE_CHECKING:
-    from benchmark.contracts import Testbed
+    from benchmark.api.contracts import Testbed
 
 #: The logits (n, classes) of any State on the current batch.
 Logits = Callable[[State], Tensor]
@@ -95,8 +95,8 @@ def fine_tune(
     batch norms, which run in evaluation mode: a task vector from here moves none of them.
 
     ``resume``: a file for this one training, kept up to date by
-    :class:`benchmark.snapshots.Snapshots`. A killed training that is called again with the same
-    file and arguments continues and gives the same bits; once finished it is not repeated. The
+    :class:`benchmark.learn.snapshots.Snapshots`. A killed training that is called again with the
+    same file and arguments continues and gives the same bits; once finished it is not repeated. The
     caller deletes the file.
     """
     recipe = recipe or testbed.recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
 
 
 def resolve(name: str) -> torch.device:

@@ -1,7 +1,7 @@
 """A model as a ``State``: names → tensors, under the in-memory names of the loaded model.
 
 Everything that moves through the benchmark (base, expert, released, recovered, merged) is a State.
-Reading and writing folders lives in :mod:`benchmark.folders`.
+Reading and writing folders lives in :mod:`benchmark.io.folders`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from benchmark.errors import CheckpointError
+from benchmark.core.errors import CheckpointError
 
 State = dict[str, Tensor]
 

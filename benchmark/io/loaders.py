@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmark.checkpoint import State, compatible
-from benchmark.errors import CheckpointError, first_line
+from benchmark.core.errors import CheckpointError, first_line
+from benchmark.core.state import State, compatible
 
 CLIP_CONFIG = "open_clip_config.json"
 _FIRST_TRACE = 2**20  # no buffer holds such a number; float32 is exact up to 2**24

@@ -15,8 +15,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from benchmark.checkpoint import State
-from benchmark.errors import CheckpointError, first_line
+from benchmark.core.errors import CheckpointError, first_line
+from benchmark.core.state import State
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _CONVERT = (

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from benchmark.checkpoint import Forward, State, forward_of
-from benchmark.data import Split, Task
-from benchmark.errors import AccessError, MethodError
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import AccessError, MethodError
+from benchmark.core.state import Forward, State, forward_of
 
 if TYPE_CHECKING:
     from benchmark.anatomy import Anatomy
-    from benchmark.training import Loss, Recipe
+    from benchmark.learn.training import Loss, Recipe
 
 
 class Access(enum.IntEnum):
@@ -131,7 +131,7 @@ class Knowledge:
         """How models of this architecture are run, for one that holds several of them.
 
         Raises:
-            AccessError: the method is not task-aware (:class:`benchmark.contracts.Merger`).
+            AccessError: the method is not task-aware (:class:`benchmark.api.contracts.Merger`).
         """
         if not self._task_id:
             raise AccessError("a model made of several models needs a task-aware merger")

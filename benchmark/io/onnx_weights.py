@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmark.errors import CheckpointError
+from benchmark.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from onnx import NodeProto

@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmark import folders, tensorfiles
-from benchmark.checkpoint import State, compatible, finite, norm, task_vector
-from benchmark.errors import CheckpointError, UsageError, first_line
-from benchmark.folders import Checkpoint
-from benchmark.lowrank import Factors, rounding, thin_svd
+from benchmark.core.errors import CheckpointError, UsageError, first_line
+from benchmark.core.lowrank import Factors, rounding, thin_svd
+from benchmark.core.state import State, compatible, finite, norm, task_vector
+from benchmark.io import folders, tensorfiles
+from benchmark.io.folders import Checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What peft reads but cannot merge into its base, or what makes the update no plain B·A.

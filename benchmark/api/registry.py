@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from benchmark.errors import UsageError
-from benchmark.specs import build, did_you_mean, parse
+from benchmark.api.specs import build, did_you_mean, parse
+from benchmark.core.errors import UsageError
 
 T = TypeVar("T")
 _DISTRIBUTION = "unmergebench"

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from benchmark import tensorfiles
-from benchmark.checkpoint import State, compatible, finite
-from benchmark.errors import CheckpointError, UsageError
-from benchmark.loaders import CLIP_CONFIG, main_dtype, open_clip_model, transformers_model
-from benchmark.tensorfiles import TensorFile
+from benchmark.core.errors import CheckpointError, UsageError
+from benchmark.core.state import State, compatible, finite
+from benchmark.io import tensorfiles
+from benchmark.io.loaders import CLIP_CONFIG, main_dtype, open_clip_model, transformers_model
+from benchmark.io.tensorfiles import TensorFile
 
 if TYPE_CHECKING:
     from benchmark.anatomy import Anatomy

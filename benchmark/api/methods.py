@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from benchmark.composition import chain_attacks, chain_defenses
-from benchmark.contracts import Attack, Defense, Merger, Testbed
-from benchmark.errors import UsageError
-from benchmark.registry import Registry
-from benchmark.specs import canonical, parse, split_composite
-from benchmark.testbeds import TESTBEDS
+from benchmark.api.composition import chain_attacks, chain_defenses
+from benchmark.api.contracts import Attack, Defense, Merger, Testbed
+from benchmark.api.registry import Registry
+from benchmark.api.specs import canonical, parse, split_composite
+from benchmark.core.errors import UsageError
 
 __all__ = [
     "ATTACKS",
@@ -30,6 +29,7 @@ T = TypeVar("T")
 DEFENSES: Registry[Defense] = Registry("defenses", Defense)
 ATTACKS: Registry[Attack] = Registry("attacks", Attack)
 MERGERS: Registry[Merger] = Registry("mergers", Merger)
+TESTBEDS: Registry[Testbed] = Registry("testbeds", Testbed)
 
 
 @dataclass(frozen=True)

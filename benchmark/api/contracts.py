@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmark.assets import Asset
-from benchmark.checkpoint import Forward, State
-from benchmark.data import Split, Task
-from benchmark.knowledge import Access, Budget, FineTune, Knowledge
+from benchmark.api.knowledge import Access, Budget, FineTune, Knowledge
+from benchmark.core.data import Split, Task
+from benchmark.core.state import Forward, State
+from benchmark.io.assets import Asset
 
 if TYPE_CHECKING:
     from benchmark.anatomy import Anatomy
-    from benchmark.training import Loss, Recipe
+    from benchmark.learn.training import Loss, Recipe
 
 __all__ = [
     "Access",
@@ -134,7 +134,7 @@ class Defense(ABC):
     def shipped(self, victim: Victim, released: State, rng: torch.Generator) -> State:
         """The model as its users run it: ``released``, unless the defense changes modules.
 
-        A defense that does returns a :class:`benchmark.checkpoint.ForeignState`, and in ``protect``
+        A defense that does returns a :class:`benchmark.core.state.ForeignState`, and in ``protect``
         puts the base's tensors in place of what a merger cannot read. ``released`` is what
         ``protect`` gave; ``rng`` is in the state it had there.
         """

@@ -10,8 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State
-from benchmark.contracts import (
+from benchmark.api.contracts import (
     Access,
     Attack,
     Card,
@@ -22,7 +21,8 @@ from benchmark.contracts import (
     Merger,
     Victim,
 )
-from benchmark.errors import UsageError
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State
 
 
 @dataclass(frozen=True)

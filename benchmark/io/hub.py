@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from benchmark.errors import AssetError
-from benchmark.paths import cache, write_text
+from benchmark.core.errors import AssetError
+from benchmark.core.paths import cache, write_text
 
 #: Repository → commit, each as several public projects pin it (data sets: MTEB among them).
 KNOWN = {

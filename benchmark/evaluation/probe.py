@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy
-from benchmark.checkpoint import State, norm, task_vector
+from benchmark.core.state import State, norm, task_vector
 from benchmark.evaluation.accuracy import relative_gap
-from benchmark.folders import Checkpoint
+from benchmark.io.folders import Checkpoint
 
 _LENGTH = 16
 _OUTPUTS = ("logits", "logits_per_image", "image_embeds", "text_embeds", "last_hidden_state")

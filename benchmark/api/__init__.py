@@ -1,0 +1,44 @@
+"""What third parties import to write a defense, an attack, a merger or a testbed."""
+
+from benchmark.api.contracts import (
+    Access,
+    Attack,
+    Budget,
+    Card,
+    Defense,
+    Ensemble,
+    FineTune,
+    Knowledge,
+    Members,
+    Merger,
+    Setting,
+    Testbed,
+    Victim,
+)
+from benchmark.core.data import Split, Task
+from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError
+from benchmark.core.state import ForeignState, PerTask, State
+
+__all__ = [
+    "Access",
+    "Attack",
+    "Budget",
+    "Card",
+    "Defense",
+    "Ensemble",
+    "FineTune",
+    "ForeignState",
+    "Knowledge",
+    "Members",
+    "Merger",
+    "MethodError",
+    "PerTask",
+    "Setting",
+    "Split",
+    "State",
+    "Task",
+    "Testbed",
+    "UnmergeBenchError",
+    "UsageError",
+    "Victim",
+]

@@ -1,0 +1,1 @@
+"""What everything else stands on: State, Split, records, errors, paths."""

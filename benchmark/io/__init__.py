@@ -1,0 +1,1 @@
+"""All disk and net: checkpoint folders, safetensors, PEFT, ONNX, wheels, the hub."""
