@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import apply_vo, permute_heads, permute_units, taps
-from benchmark.anatomy.alignment import assign, match_heads
+from benchmark.anatomy.alignment import match_heads
+from benchmark.anatomy.assignment import assign
 from benchmark.api.contracts import Access, Attack, Card, Knowledge
 from benchmark.core.state import State
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Access, Attack, Card, Knowledge
+from benchmark.api.recipe import Logits, cross_entropy
 from benchmark.core.state import State, task_vector
-from benchmark.learn.training import Logits, cross_entropy
 
 
 @dataclass(frozen=True)

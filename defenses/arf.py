@@ -20,8 +20,8 @@ from torch import Tensor
 
 from benchmark.anatomy import Slot
 from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.api.recipe import Logits, cross_entropy
 from benchmark.core.state import State
-from benchmark.learn.training import Logits, cross_entropy
 
 
 @dataclass(frozen=True)

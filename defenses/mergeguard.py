@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.api.recipe import Logits, cross_entropy
 from benchmark.core.state import State, add, task_vector
-from benchmark.learn.training import Logits, cross_entropy
 
 _EXAMPLES = 256  # of the training split, for the gradient
 _BATCH = 64

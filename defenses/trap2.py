@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Card, Defense, Victim
+from benchmark.api.recipe import Logits, Lora, Recipe, cross_entropy
 from benchmark.core.state import State
-from benchmark.learn.adapters import Lora
-from benchmark.learn.training import Logits, Recipe, cross_entropy
 
 _LOW, _HIGH, _BAND = 0.05, 2.0, 0.05
 

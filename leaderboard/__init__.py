@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leaderboard.folder import load_entries
+    from leaderboard.paths import ENTRIES
     from leaderboard.runs import combine, load_runs
 
 __all__ = ["ENTRIES", "combine", "load_entries", "load_runs"]
 
-#: Where a repository keeps its entries.
-ENTRIES = Path("leaderboard/entries")
-
-_HOMES = {"combine": "runs", "load_runs": "runs", "load_entries": "folder"}
+_HOMES = {"combine": "runs", "load_runs": "runs", "load_entries": "folder", "ENTRIES": "paths"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ A recipe is a TOML file::
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,12 +20,11 @@ from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UnmergeBenchError, UsageError
 from benchmark.core.records import Cell
 from benchmark.pipeline.suite import Suite
-from benchmark.reporting.board import TIERS, Tier, clip
+from benchmark.reporting.board import TIERS, Tier
 from leaderboard import trust
-from leaderboard.entry import Certificate, Entry, Line, Name, asked_of, measured
-
-#: So much less protection, in points of 1, makes a stronger attack; less is chance.
-MARGIN = 0.01
+from leaderboard.certificates import MARGIN, best_known, lowers, protections, same_release
+from leaderboard.checks import problems
+from leaderboard.entry import Certificate, Entry, Line, Name, asked_of
 
 
 class Recipe(BaseModel):
@@ -70,8 +69,6 @@ def replay(
         UnmergeBenchError: the entry is not sound, a cell failed, or the attack leaves no less
             protection than is known.
     """
-    from leaderboard.checks import problems
-
     if wrong := problems(entry):
         raise UnmergeBenchError(f"the entry is not sound ({wrong[0]}); see `unmergebench verify`")
     attack = trust.attack(recipe.attack).spec
@@ -89,8 +86,8 @@ def replay(
         created=datetime.now(UTC).replace(microsecond=0),
         cells=tuple(cells),
     )
-    if not _lowers(entry, made):
-        least = min(_protections(cells, entry), default=None)
+    if not lowers(entry, made):
+        least = min(protections(cells, entry), default=None)
         tier: Tier = max((cell.access for cell in cells), key=TIERS.index)
         known = best_known(entry).get(tier)
         left, best = ("no figure" if v is None else f"{v:.2f}" for v in (least, known))
@@ -113,57 +110,3 @@ def _run(suite: Suite, out: Path, notify: Callable[[str], None]) -> list[Cell]:
         if cell.status == "error":
             raise UnmergeBenchError(f"{cell.attack} failed on {cell.victim}: {cell.reason}")
     return cells
-
-
-def without_merit(entry: Entry) -> Iterator[str]:
-    """Certificates that did not lower what was known when they were added."""
-    for number, certificate in enumerate(entry.certificates, start=1):
-        before = entry.model_copy(update={"certificates": entry.certificates[: number - 1]})
-        if not _lowers(before, certificate):
-            yield f"certificate {number}: {certificate.attack} is no stronger than what was known"
-
-
-def _lowers(entry: Entry, certificate: Certificate) -> bool:
-    before = best_known(entry)
-    with_it = (*entry.certificates, certificate)
-    after = best_known(entry.model_copy(update={"certificates": with_it}))
-    return any(value <= before.get(tier, 2.0) - MARGIN for tier, value in after.items())
-
-
-def best_known(entry: Entry) -> dict[Tier, float]:
-    """The least protection by tier, over the suite's attacks and all certificates (clipped)."""
-    found: dict[Tier, float] = {}
-    for tier in TIERS:
-        reach = TIERS[: TIERS.index(tier) + 1]
-        values = [
-            value
-            for cells in (entry.cells, *(certificate.cells for certificate in entry.certificates))
-            for value in _protections([c for c in cells if c.access in reach], entry)
-        ]
-        if values:
-            found[tier] = min(values)
-    return found
-
-
-def _protections(cells: Sequence[Cell], entry: Entry) -> list[float]:
-    from leaderboard.runs import board
-
-    if not cells:
-        return []
-    matrix = board(cells, lambda spec: entry.defense.card).matrix
-    return [clip(e.protection) for e in matrix if e.protection is not None and not e.task_id]
-
-
-def same_release(entry: Entry, cells: Sequence[Cell]) -> bool:
-    """Whether base, expert and release are the entry's own, bit for bit."""
-    stated = entry.subjects
-    return all(
-        (cell.sha256.base, cell.sha256.expert, cell.sha256.released)
-        == (
-            stated.base,
-            stated.experts.get(cell.victim),
-            stated.released.get(f"{cell.victim}/{cell.seed}"),
-        )
-        for cell in cells
-        if measured(cell)
-    )

@@ -16,7 +16,7 @@ from benchmark.pipeline import suite as suites
 from benchmark.pipeline.plan import unique
 from benchmark.pipeline.suite import Suite
 from leaderboard import figures, trust
-from leaderboard.challenge import same_release, without_merit
+from leaderboard.certificates import same_release, without_merit
 from leaderboard.entry import Certificate, Entry, asked_of, measured
 
 Place = tuple[str, tuple[str, ...], int, str, str]

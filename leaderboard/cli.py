@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from leaderboard import ENTRIES
+from leaderboard.paths import ENTRIES
 
 app = typer.Typer(
     help="Rankings across runs, and the public page.", no_args_is_help=True, rich_markup_mode="rich"

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from benchmark.cli.output import Json, console, print_json
-from leaderboard import ENTRIES
+from leaderboard.paths import ENTRIES
 
 Entries = Annotated[Path, typer.Option("--entries", metavar="DIR", help="The folder of entries.")]
 Credit = Annotated[str, typer.Option("--credit", help="Who is to be named for it.")]

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.paths import write_text
-from leaderboard import ENTRIES, strict
+from leaderboard import strict
 from leaderboard.entry import SCHEMA_VERSION, Certificate, Entry
+from leaderboard.paths import ENTRIES
 
 if TYPE_CHECKING:
     import pandas as pd

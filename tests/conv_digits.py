@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Card, Testbed
+from benchmark.api.recipe import Recipe
 from benchmark.core.data import Task
 from benchmark.core.state import State
-from benchmark.learn.training import Recipe
 from benchmark.testbeds.digits import Digits
 
 WIDTH = 64

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Card, Testbed
+from benchmark.api.recipe import Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.state import State
-from benchmark.learn.training import Recipe, fine_tune
+from benchmark.learn.training import fine_tune
 
 WIDTH = 8
 RECIPE = Recipe(steps=40, batch_size=16, learning_rate=0.05, warmup=4, frozen=("e.",))

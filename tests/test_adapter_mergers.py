@@ -17,10 +17,10 @@ from zoo import generator, state_of, tiny
 from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Access, Knowledge, Setting
 from benchmark.api.methods import defense, merger, testbed
+from benchmark.api.recipe import Lora
 from benchmark.core.errors import MethodError, UsageError
 from benchmark.core.lowrank import rounding, thin_svd
 from benchmark.core.state import State, norm, task_vector
-from benchmark.learn.adapters import Lora
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.workbench import Workbench
 from defenses.mergelock import MergeLock

@@ -19,10 +19,10 @@ from attacks.none import NoAttack
 from attacks.weight_matching import WeightMatching
 from benchmark.anatomy import Anatomy, apply_qk, apply_vo, permute_heads, permute_units, within
 from benchmark.api.contracts import Access, Attack, Knowledge
+from benchmark.api.recipe import Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import AccessError, UsageError
 from benchmark.core.state import State, compatible, digest, norm, task_vector
-from benchmark.learn.training import Recipe
 
 EXACT = [
     NoAttack(),

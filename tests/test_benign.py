@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from zoo import outputs, state_of, tiny
 
 from benchmark.api import methods
+from benchmark.api.recipe import Lora, Recipe
 from benchmark.core.errors import AssetError
 from benchmark.core.records import Cell
 from benchmark.core.state import ForeignState, State
 from benchmark.evaluation import benign
-from benchmark.learn.adapters import Lora
-from benchmark.learn.training import Recipe
 from benchmark.pipeline import benign as taxing
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from leaderboard import ENTRIES, folder
+from leaderboard import folder
+from leaderboard.paths import ENTRIES
 from leaderboard.verify import verify
 
 HERE = Path(__file__).parent.parent / ENTRIES

@@ -18,9 +18,9 @@ from zoo import FAMILIES, GROUPED, NAMES, drift, state_of, tiny
 from benchmark.anatomy import Anatomy, AttentionBlock, Linear, MLPBlock, Slot
 from benchmark.api.contracts import Victim
 from benchmark.api.methods import DEFENSES, defense
+from benchmark.api.recipe import Recipe
 from benchmark.core.errors import UsageError
 from benchmark.core.state import State, compatible, digest, norm, rounded, task_vector
-from benchmark.learn.training import Recipe
 from defenses.mergelock import MergeLock
 from defenses.params import PaRaMS
 

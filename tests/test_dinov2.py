@@ -14,11 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from test_testbeds import accuracy, sound
 
+from benchmark.api.methods import TESTBEDS
 from benchmark.core.errors import AssetError, CheckpointError, UsageError
 from benchmark.core.state import State, digest
+from benchmark.io import onnx_weights
 from benchmark.io.assets import fetch
 from benchmark.learn.training import fine_tune
-from benchmark.testbeds import TESTBEDS, dinov2, onnx_weights, pictures
+from benchmark.testbeds import dinov2, pictures
 from benchmark.testbeds.dinov2 import WEIGHTS, DINOv2, backbone_state
 
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from small_entries import small, suite
 
 from benchmark.pipeline import suite as suites
-from leaderboard import ENTRIES, checks, folder
+from leaderboard import checks, folder
 from leaderboard.entry import Entry
+from leaderboard.paths import ENTRIES
 from leaderboard.runs import board
 from leaderboard.strict import MAX_BYTES, Malformed, loads
 

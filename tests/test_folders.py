@@ -15,6 +15,7 @@ from disk import contents, tensors, write
 from safetensors.torch import save_file
 from torch import nn
 
+from benchmark.anatomy import Anatomy
 from benchmark.core.errors import CheckpointError, UnmergeBenchError, UsageError
 from benchmark.core.state import norm_growth
 from benchmark.evaluation import probe
@@ -333,7 +334,7 @@ def test_random_inputs_run_and_show_a_change(name: str, tmp_path: Path) -> None:
     loaded = folders.load(write(name, tmp_path / "in"))
     state = loaded.state
     assert probe.gap(loaded, state, state) == 0
-    block = loaded.anatomy.attention[0]
+    block = Anatomy.of(loaded.model).attention[0]
     changed = dict(state)
     block.v.weight.write(changed, 2 * block.v.weight.read(state))
     gap = probe.gap(loaded, state, changed)
@@ -345,10 +346,10 @@ def test_random_inputs_run_and_show_a_change(name: str, tmp_path: Path) -> None:
 def test_key_biases_are_no_distance(tmp_path: Path) -> None:
     loaded = folders.load(write("open-clip", tmp_path / "in"))
     moved = dict(loaded.state)
-    bias = loaded.anatomy.attention[0].k.bias
+    bias = Anatomy.of(loaded.model).attention[0].k.bias
     assert bias is not None
     bias.write(moved, bias.read(loaded.state) + 100)
-    assert probe.relative_distance(moved, loaded.state, loaded.anatomy) == 0
+    assert probe.relative_distance(moved, loaded.state, Anatomy.of(loaded.model)) == 0
     assert probe.relative_distance(moved, loaded.state, None) > 1
     scaled = {key: value * 1.5 for key, value in loaded.state.items()}
     assert probe.relative_distance(scaled, loaded.state, None) == pytest.approx(0.5, rel=1e-6)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from benchmark.api import methods
 from benchmark.api.contracts import Testbed
+from benchmark.api.recipe import Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import AssetError
 from benchmark.evaluation.accuracy import Evaluator
-from benchmark.learn.training import Recipe, fine_tune
+from benchmark.learn.training import fine_tune
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite, load

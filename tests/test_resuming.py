@@ -19,12 +19,12 @@ from torch import Tensor
 from zoo import BATCH, state_of, tiny
 
 from benchmark.anatomy import Anatomy
+from benchmark.api.recipe import Lora, Recipe, cross_entropy
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import MethodError
 from benchmark.core.state import State, digest
 from benchmark.learn import snapshots
-from benchmark.learn.adapters import Lora
-from benchmark.learn.training import Recipe, cross_entropy, fine_tune
+from benchmark.learn.training import fine_tune
 
 # Resuming
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmark.api.methods import TESTBEDS
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import AssetError, UsageError
 from benchmark.core.state import State, add, digest, task_vector
 from benchmark.io.assets import verify
 from benchmark.learn.training import fine_tune
-from benchmark.testbeds import TESTBEDS, digits, kept, minilm, texts
+from benchmark.testbeds import digits, kept, minilm, texts
 from benchmark.testbeds.digits import Digits
 from benchmark.testbeds.minilm import MiniLM
 

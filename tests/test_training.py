@@ -11,9 +11,10 @@ import torch
 from plane import PLANE, RECIPE, TASKS, Plane, noisy, tuned
 from torch import Tensor
 
+from benchmark.api.recipe import Recipe, cross_entropy
 from benchmark.core.data import Split
 from benchmark.core.state import State, digest
-from benchmark.learn.training import Recipe, at_most, cross_entropy, fine_tune
+from benchmark.learn.training import at_most, fine_tune
 
 
 def accuracy(state: State, name: str) -> float:

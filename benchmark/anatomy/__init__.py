@@ -1,7 +1,6 @@
 """Where an architecture keeps its blocks and channels; which transforms keep its function."""
 
 from benchmark.anatomy.blocks import (
-    Anatomy,
     AttentionBlock,
     Axis,
     Channels,
@@ -10,6 +9,7 @@ from benchmark.anatomy.blocks import (
     Slot,
 )
 from benchmark.anatomy.gauge import apply_qk, apply_vo, permute_heads, permute_units, within
+from benchmark.anatomy.whole import Anatomy
 
 __all__ = [
     "Anatomy",

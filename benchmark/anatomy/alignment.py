@@ -13,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.blocks import Anatomy, AttentionBlock, Channels, MLPBlock
+from benchmark.anatomy.assignment import assign, nearest
+from benchmark.anatomy.blocks import AttentionBlock, Channels, MLPBlock
+from benchmark.anatomy.coupled import match_coupled
 from benchmark.anatomy.gauge import (
     apply_qk,
     apply_vo,
@@ -23,6 +25,7 @@ from benchmark.anatomy.gauge import (
     scale_units,
     within,
 )
+from benchmark.anatomy.whole import Anatomy
 from benchmark.core.state import State
 
 Cost = Literal["inner", "cosine"]
@@ -71,8 +74,6 @@ def match_all(
     of convolutions do: see :mod:`benchmark.anatomy.coupled`.
     """
     if anatomy.channels:
-        from benchmark.anatomy.coupled import match_coupled
-
         return match_coupled(anatomy.units, state, anchor, cost)
     return [match_units(mlp, state, anchor, cost) for mlp in anatomy.mlp]
 
@@ -99,14 +100,6 @@ def match_units(
         return torch.nn.functional.normalize(block.read_rows(source).float(), dim=1)
 
     return nearest(units(state), units(anchor))
-
-
-def nearest(own: Tensor, reference: Tensor) -> Tensor:
-    """π with Σ_i ⟨reference[i], own[π(i)]⟩ greatest, for rows (n, features) of float32."""
-    similarity = reference @ own.T
-    # A constant per column changes no assignment's rank, and turns the greatest entry of a row from
-    # the longest neighbour into the nearest one, which is mostly the answer already (assign).
-    return assign(similarity - own.square().sum(1) / 2)
 
 
 def match_heads(
@@ -303,18 +296,6 @@ def _factor(xx: Tensor, yy: Tensor, on_x: Tensor, on_y: Tensor) -> Tensor:
     turn = c.conj() / c.abs().clamp_min(torch.finfo(xx.dtype).tiny)
     gains = objective(best) < xx + yy - 2 * (on_x + on_y).real
     return torch.where(gains & (c.abs() > 0), r * turn, torch.ones_like(turn))
-
-
-def assign(similarity: Tensor) -> Tensor:
-    """π with Σ_i similarity[i, π(i)] greatest, on the CPU."""
-    favourite = similarity.argmax(1).cpu()
-    if len(favourite.unique()) == len(favourite):
-        return favourite  # every row has its greatest entry: no assignment can do better
-
-    from scipy.optimize import linear_sum_assignment
-
-    _, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
-    return torch.from_numpy(columns)
 
 
 def _queries(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:

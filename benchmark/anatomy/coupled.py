@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmark.anatomy.alignment import nearest
+from benchmark.anatomy.assignment import nearest
 from benchmark.anatomy.blocks import Channels, MLPBlock
 from benchmark.anatomy.gauge import permute_units
 

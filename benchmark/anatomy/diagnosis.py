@@ -27,8 +27,9 @@ from benchmark.anatomy.alignment import (
     rotary_gauge,
     vo_gauge,
 )
-from benchmark.anatomy.blocks import Anatomy, AttentionBlock
+from benchmark.anatomy.blocks import AttentionBlock
 from benchmark.anatomy.gauge import permute_heads
+from benchmark.anatomy.whole import Anatomy
 from benchmark.core.state import State, norm, norm_growth, task_vector
 
 Kind = Literal["none", "head permutation", "per-head scaling", "diagonal", "orthogonal", "general"]

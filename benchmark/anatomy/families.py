@@ -16,11 +16,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from benchmark.anatomy.blocks import Anatomy, AttentionBlock, Linear, MLPBlock, Slot
+from benchmark.anatomy.blocks import AttentionBlock, Channels, Linear, MLPBlock, Slot
 from benchmark.anatomy.convolutional import ROWS, towers
 from benchmark.core.errors import UsageError
 
@@ -207,7 +207,16 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def find(model: nn.Module) -> Anatomy:
+class Found(NamedTuple):
+    """What the table says of a model: the fields of :class:`benchmark.anatomy.Anatomy`."""
+
+    family: str
+    attention: tuple[AttentionBlock, ...]
+    mlp: tuple[MLPBlock, ...]
+    channels: tuple[Channels, ...]
+
+
+def find(model: nn.Module) -> Found:
     """The blocks of ``model``: of every tower, in the order of their names.
 
     Raises:
@@ -239,7 +248,7 @@ def find(model: nn.Module) -> Anatomy:
     blocks = [_read(model, state, family, layer) for family, layer in rows.values()]
     names = [family.name for family, _ in rows.values()] + [name for name, _, _ in convolutional]
     mlps = [mlp for _, mlp in blocks if mlp is not None]
-    return Anatomy(
+    return Found(
         family="+".join(dict.fromkeys(names)),
         attention=tuple(attention for attention, _ in blocks),
         mlp=(*mlps, *(mlp for _, found, _ in convolutional for mlp in found)),

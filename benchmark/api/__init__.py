@@ -15,6 +15,7 @@ from benchmark.api.contracts import (
     Testbed,
     Victim,
 )
+from benchmark.api.recipe import Logits, Lora, Loss, Recipe, cross_entropy
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError
 from benchmark.core.state import ForeignState, PerTask, State
@@ -29,10 +30,14 @@ __all__ = [
     "FineTune",
     "ForeignState",
     "Knowledge",
+    "Logits",
+    "Lora",
+    "Loss",
     "Members",
     "Merger",
     "MethodError",
     "PerTask",
+    "Recipe",
     "Setting",
     "Split",
     "State",
@@ -41,4 +46,5 @@ __all__ = [
     "UnmergeBenchError",
     "UsageError",
     "Victim",
+    "cross_entropy",
 ]

@@ -10,19 +10,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmark.anatomy import Anatomy
 from benchmark.api.knowledge import Access, Budget, FineTune, Knowledge
+from benchmark.api.recipe import Loss, Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.state import Forward, State
 from benchmark.io.assets import Asset
-
-if TYPE_CHECKING:
-    from benchmark.anatomy import Anatomy
-    from benchmark.learn.training import Loss, Recipe
 
 __all__ = [
     "Access",
@@ -306,6 +304,11 @@ class Testbed(ABC):
     __test__ = False  # not a pytest class
 
     @property
+    def name(self) -> str:
+        """What a file calls the testbed it declares; empty for one that is known by its class."""
+        return ""
+
+    @property
     @abstractmethod
     def tasks(self) -> tuple[str, ...]:
         """Names of its tasks."""
@@ -329,8 +332,6 @@ class Testbed(ABC):
 
     def anatomy(self) -> Anatomy:
         """The blocks of the architecture."""
-        from benchmark.anatomy import Anatomy
-
         return Anatomy.of(self.module())
 
     @abstractmethod

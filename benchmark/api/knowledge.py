@@ -5,18 +5,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from benchmark.anatomy import Anatomy
+from benchmark.api.recipe import Loss, Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import AccessError, MethodError
 from benchmark.core.state import Forward, State, forward_of
-
-if TYPE_CHECKING:
-    from benchmark.anatomy import Anatomy
-    from benchmark.learn.training import Loss, Recipe
 
 
 class Access(enum.IntEnum):

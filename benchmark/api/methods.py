@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from benchmark.api.composition import chain_attacks, chain_defenses
 from benchmark.api.contracts import Attack, Defense, Merger, Testbed
 from benchmark.api.registry import Registry
-from benchmark.api.specs import canonical, parse, split_composite
+from benchmark.api.specs import build, canonical, parse, split_composite
 from benchmark.core.errors import UsageError
 
 __all__ = [
@@ -30,6 +31,8 @@ DEFENSES: Registry[Defense] = Registry("defenses", Defense)
 ATTACKS: Registry[Attack] = Registry("attacks", Attack)
 MERGERS: Registry[Merger] = Registry("mergers", Merger)
 TESTBEDS: Registry[Testbed] = Registry("testbeds", Testbed)
+#: Suffix of a file that declares a testbed → the class that reads it, which takes its path.
+TESTBED_FILES: Registry[Testbed] = Registry("testbed_files", Testbed)
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,11 @@ def testbed(spec: str) -> Named[Testbed]:
     """The testbed behind a spec, or declared in a TOML file. Raises as :func:`defense`, also for
     ``a+b``.
     """
-    if spec.endswith(".toml"):
-        from benchmark.testbeds.declared import Declared
-
-        declared = Declared(spec)
+    suffix = Path(spec).suffix.removeprefix(".")
+    if suffix in TESTBED_FILES.entries:
+        declared = build(TESTBED_FILES.get(suffix), suffix, {"file": spec})
         # Its own name: where the file lies says nothing about what it holds.
-        return Named(declared.spec.name, declared)
+        return Named(declared.name, declared)
     return _single(TESTBEDS, spec)
 
 

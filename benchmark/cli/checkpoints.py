@@ -56,6 +56,7 @@ def protect(
     """  # fmt: skip
     import torch
 
+    from benchmark.anatomy import Anatomy
     from benchmark.api import methods
     from benchmark.cli import adapters
     from benchmark.cli.single import RUN, changed, check_result, needs_data, report, victim
@@ -79,11 +80,12 @@ def protect(
         step("reading")
         members = adapters.read(base, [(expert, "expert")])
         source, origin = members.checkpoints[0], members.origin
+        anatomy = Anatomy.of(source.model)
         step(method.spec)
         theta, theta0 = to_device(source.state, where), to_device(origin.state, where)
         started = time.perf_counter()
         released = method.method.protect(
-            victim(theta0, theta, source, method.spec), torch.Generator().manual_seed(seed)
+            victim(theta0, theta, anatomy, method.spec), torch.Generator().manual_seed(seed)
         )
         seconds = time.perf_counter() - started
         check_result(released, theta0, method.spec)
@@ -101,7 +103,7 @@ def protect(
         )  # fmt: skip
     raised = of_release(
         method.method.card,
-        source.anatomy.qk_gauge,
+        anatomy.qk_gauge,
         gap,
         growth,
         rounding["released"],
@@ -113,8 +115,8 @@ def protect(
         "exact": method.method.card.exact,
         "changed_tensors": changed(released, theta),
         "tensors": len(theta),
-        "distance_before": probe.relative_distance(theta, theta0, source.anatomy),
-        "distance_after": probe.relative_distance(released, theta0, source.anatomy),
+        "distance_before": probe.relative_distance(theta, theta0, anatomy),
+        "distance_after": probe.relative_distance(released, theta0, anatomy),
         "logit_gap": gap,
         "bfloat16_gap": rounding,
         "norm_growth": growth,
@@ -167,6 +169,7 @@ def attack(
     """  # fmt: skip
     import torch
 
+    from benchmark.anatomy import Anatomy
     from benchmark.anatomy.diagnosis import diagnose
     from benchmark.api import methods
     from benchmark.api.contracts import Access, Knowledge
@@ -196,10 +199,11 @@ def attack(
             base, [(released, "released model"), *((path, "partner") for path in others)]
         )
         (source, *partners), origin = read.checkpoints, read.origin
+        anatomy = Anatomy.of(source.model)
         step(method.spec)
         before, theta0 = to_device(source.state, where), to_device(origin.state, where)
         knowledge = Knowledge(
-            Access.WEIGHTS, theta0, [to_device(p.state, where) for p in partners], source.anatomy
+            Access.WEIGHTS, theta0, [to_device(p.state, where) for p in partners], anatomy
         )
         started = time.perf_counter()
         members = method.method.members(before, knowledge, torch.Generator().manual_seed(seed))
@@ -210,7 +214,7 @@ def attack(
         recovered = members.released
         check_result(recovered, theta0, method.spec)
         step("comparing weights")
-        found = diagnose(before, theta0, source.anatomy, recovered)
+        found = diagnose(before, theta0, anatomy, recovered)
         step("comparing outputs")
         gap = probe.gap(source, before, recovered)
         step("writing")
@@ -224,8 +228,8 @@ def attack(
         "found": found.to_dict(),
         "changed_tensors": changed(recovered, before),
         "tensors": len(before),
-        "distance_before": probe.relative_distance(before, theta0, source.anatomy),
-        "distance_after": probe.relative_distance(recovered, theta0, source.anatomy),
+        "distance_before": probe.relative_distance(before, theta0, anatomy),
+        "distance_after": probe.relative_distance(recovered, theta0, anatomy),
         "logit_gap": gap,
         "seconds": seconds,
         "seed": seed,

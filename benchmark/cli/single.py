@@ -8,11 +8,11 @@ from typing import Any, NoReturn, cast
 
 import torch
 
+from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Setting, Victim
 from benchmark.cli.output import console, facts, print_json
 from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError
 from benchmark.core.state import State, compatible
-from benchmark.io.folders import Checkpoint
 
 RUN = "`unmergebench run` gives it a testbed"
 
@@ -40,13 +40,13 @@ def needs_data(kind: str, spec: str, what: str) -> UsageError:
     return UsageError(f"{kind} {spec} needs {what}, and folders give weights only; {RUN}")
 
 
-def victim(base: State, expert: State, source: Checkpoint, spec: str) -> Victim:
+def victim(base: State, expert: State, anatomy: Anatomy, spec: str) -> Victim:
     """What the owner of a folder has: two States and the anatomy; the rest refuses."""
     absent = cast(Any, _NoData(spec))
     return Victim(
         base=base,
         expert=expert,
-        anatomy=source.anatomy,
+        anatomy=anatomy,
         task=absent,
         recipe=absent,
         fine_tune=absent,

@@ -14,12 +14,13 @@ from torch import Tensor
 from benchmark.anatomy import apply_qk, apply_vo, permute_heads, permute_units, within
 from benchmark.api.contracts import Access, Attack, Knowledge, Merger
 from benchmark.api.methods import merger
+from benchmark.api.recipe import Loss, Recipe
 from benchmark.conformance.case import Case, Device, Result
 from benchmark.conformance.subjects import copies, data_of, expert
 from benchmark.conformance.testbed import Tiny
 from benchmark.core.data import Split, Task
 from benchmark.core.state import ForeignState, State, add, digest, task_vector
-from benchmark.learn.training import Loss, Recipe, fine_tune
+from benchmark.learn.training import fine_tune
 
 #: What attacks' mergers are checked with.
 MERGER = "task-arithmetic"

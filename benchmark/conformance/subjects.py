@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from benchmark.api.contracts import Defense, Victim
+from benchmark.api.recipe import Loss, Recipe
 from benchmark.conformance.case import Case, Device, Result
 from benchmark.conformance.guards import reseed
 from benchmark.conformance.testbed import Architecture, Tiny
 from benchmark.core.data import Split, Task
 from benchmark.core.state import State, digest
 from benchmark.evaluation.accuracy import Evaluator
-from benchmark.learn.training import Loss, Recipe, fine_tune
+from benchmark.learn.training import fine_tune
 
 
 @functools.cache

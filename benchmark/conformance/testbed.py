@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Card, Testbed
+from benchmark.api.recipe import Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.state import State
-from benchmark.learn.training import Recipe
 
 #: Every architecture that methods are checked on; to add one, name it here and in :func:`_module`.
 Architecture = Literal["vit", "bert", "llama", "resnet"]

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmark.api.recipe import Lora, Recipe
 from benchmark.core.state import ForeignState, Forward, State, forward_of, rounded
-from benchmark.learn.adapters import Lora
-from benchmark.learn.training import Recipe
 
 __all__ = ["USES", "adapting", "int8", "pruned", "rounded"]
 

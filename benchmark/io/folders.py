@@ -14,9 +14,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -26,9 +25,6 @@ from benchmark.core.state import State, compatible, finite
 from benchmark.io import tensorfiles
 from benchmark.io.loaders import CLIP_CONFIG, main_dtype, open_clip_model, transformers_model
 from benchmark.io.tensorfiles import TensorFile
-
-if TYPE_CHECKING:
-    from benchmark.anatomy import Anatomy
 
 _HF, _HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 _CLIP = "open_clip_model.safetensors"
@@ -57,13 +53,6 @@ class Checkpoint:
     names: dict[str, str]
     files: tuple[TensorFile, ...]
     extra: State
-
-    @cached_property
-    def anatomy(self) -> Anatomy:
-        """The blocks of the model. Raises UsageError for an architecture without a table row."""
-        from benchmark.anatomy import Anatomy
-
-        return Anatomy.of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,35 +8,19 @@ weights need nothing of their own, and are embedded in the State: the forward pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from benchmark.api.recipe import Lora
 from benchmark.core.errors import MethodError
 from benchmark.core.state import State
 
 if TYPE_CHECKING:
     from benchmark.anatomy import Anatomy, Slot
 
-Projection = Literal["q", "k", "v", "o"]
 _ADAPTER = "default"
-#: Learning rate of adapters, in units of the rate that suits all weights.
-LORA_RATE = 10.0
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adaptation (arXiv 2106.09685). No dropout: the training loop has none anywhere."""
-
-    rank: int = 16
-    alpha: float = 16.0
-    targets: tuple[Projection, ...] = ("q", "k", "v", "o")
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0 or not self.targets:
-            raise ValueError("LoRA needs rank >= 1, alpha > 0 and at least one target")
 
 
 class Adapters:

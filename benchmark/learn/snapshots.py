@@ -12,18 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmark.api.contracts import Testbed
+from benchmark.api.recipe import Loss, Recipe
 from benchmark.core.data import Split
 from benchmark.core.paths import replacing
 from benchmark.core.state import State, digest
-
-if TYPE_CHECKING:
-    from benchmark.api.contracts import Testbed
-    from benchmark.learn.training import Loss, Recipe, _Batches
+from benchmark.learn.batches import Batches
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class Snapshots:
         parameters: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
-        streams: Sequence[_Batches],
+        streams: Sequence[Batches],
     ) -> int:
         """Put what the file holds into the running parts: the number of steps already done."""
         self._parts = (parameters, optimizer, schedule, streams)

@@ -29,6 +29,7 @@ from benchmark.api.contracts import (
     Victim,
 )
 from benchmark.api.methods import Named
+from benchmark.api.recipe import Loss, Recipe
 from benchmark.api.specs import parameters
 from benchmark.core.data import Split
 from benchmark.core.state import (
@@ -42,7 +43,7 @@ from benchmark.core.state import (
 )
 from benchmark.evaluation.accuracy import Evaluator, relative_gap
 from benchmark.evaluation.statistics import pack_bits, unpack_bits
-from benchmark.learn.training import Loss, Recipe, fine_tune
+from benchmark.learn.training import fine_tune
 from benchmark.pipeline.fingerprint import sha, source_hash
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.suite import Group

