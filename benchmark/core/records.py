@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Status = Literal["ok", "no-benefit", "error", "skipped"]
 
@@ -69,19 +69,26 @@ class Cell(BaseModel):
 
     ``accuracy`` and ``normalized``: test accuracy per task of the model the free-rider ends with
     (validation picks it). ``gain`` is G(attacked), the mean of ``normalized``; ``gain_undefended``
-    and ``gain_outside`` are G(undefended) and G0. ``protection`` is the raw value
-    1 − (G(attacked) − G0)/(G(undefended) − G0), not clipped. ``choice`` and ``outside_choice`` say
+    and ``gain_outside`` are G(undefended) and G0; ``gain_reference`` is G0 with the undefended
+    expert as release, on which hangs whether the cell counts. ``protection`` is the raw value
+    1 − (G(attacked) − G0)/(G(undefended) − G0), not clipped
+    (:class:`benchmark.evaluation.scoring.Gains`). ``changes_modules``: users of the defense run
+    other modules than mergers see. ``one_coefficient``: the merger gives all members one coefficient and
+    searches none, as most papers do. ``choice`` and ``outside_choice`` say
     which candidate won and which outside option G0 is. ``merged_setting`` and ``merged_accuracy``:
     the best setting that does use the victim (its accuracy only where it was measured: it won, or
     nothing was defended). ``fixed``: accuracy on the victim's task at the papers' coefficients.
     ``utility`` and ``standalone``: accuracy of the release, and of the recovered model, used alone.
+    ``seen``: accuracy of a release with foreign modules on the training inputs that attackers get.
     ``logit_gap``, ``recovered_gap``: max relative |Δlogit| of release against expert, and of the
     recovered model against the release. ``qk_gauge``: the group to which the architecture confines
     a lock on Q and K: general, rotary or sign. ``ensemble``: for an attack that is one, its
     version, which of its attacks won, the screening's scores and failures, and forward passes.
     ``bf16_gap`` and ``bf16_gap_expert``: what storing
-    release and expert in bfloat16 costs, likewise. ``correct``: per-example test outcomes of the
-    chosen models, as hex, from which intervals are recomputed. ``benign``: what an honest user did
+    release and expert in bfloat16 costs, likewise. ``correct``: per-example test outcomes as
+    hex, from which every accuracy and interval is recomputed: of the models chosen when attacked,
+    undefended, outside and (outside, with the undefended expert as release) reference, of expert
+    and base on every task, and of the ``released`` model as shipped on the victim's. ``benign``: what an honest user did
     (bf16, int8, pruned, fine-tuned, lora) → accuracy after it of ``released`` (as shipped) and of
     the unprotected ``expert``; in unattacked cells of the suite's first merger, if the suite asks.
     ``notes``: what the defense reported of its making, such as a search for its weight, and
@@ -100,6 +107,8 @@ class Cell(BaseModel):
     merger: str
     access: Literal["weights", "unlabeled", "labeled"]
     task_id: bool = False
+    changes_modules: bool = False
+    one_coefficient: bool = False
     status: Status = "ok"
     reason: str = ""
     setting: dict[str, object] = Field(default_factory=dict)
@@ -110,6 +119,7 @@ class Cell(BaseModel):
     gain: float | None = None
     gain_undefended: float | None = None
     gain_outside: float | None = None
+    gain_reference: float | None = None
     protection: float | None = None
     protection_ci: tuple[float, float] | None = None
     merged_accuracy: dict[str, float] = Field(default_factory=dict)
@@ -120,6 +130,7 @@ class Cell(BaseModel):
     utility: float | None = None
     utility_drop: float | None = None
     standalone: float | None = None
+    seen: float | None = None
     qk_gauge: str = ""
     logit_gap: float | None = None
     bf16_gap: float | None = None

@@ -1,15 +1,82 @@
-"""A rational free-rider's gain, and what a defense takes away from it (DESIGN section 4)."""
+"""A rational free-rider's gain, and what a defense takes away from it (DESIGN section 4).
+
+G and protection are computed here and nowhere else.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmark.core.errors import MethodError
+from benchmark.evaluation import thresholds
 
-NO_BENEFIT = 0.02
-UTILITY_GATE = 0.015
+Floats = NDArray[np.float64]
+
+
+class Gains(NamedTuple):
+    """G in four situations.
+
+    ``outside``: G0, what the free-rider has without merging the release; ``reference``: the same
+    with the undefended expert as release. Which cells count hangs on the latter, so that it is the
+    same for every defense.
+    """
+
+    attacked: float
+    undefended: float
+    outside: float
+    reference: float
+
+    @property
+    def status(self) -> Literal["ok", "no-benefit"]:
+        """Whether merging the undefended expert gains enough for there to be something to take."""
+        counts = thresholds.has_benefit(self.undefended, self.reference)
+        return "ok" if counts else "no-benefit"
+
+    @property
+    def raised(self) -> bool:
+        """Whether the release itself gives away what a merge would have gained."""
+        return self.status == "ok" and (
+            thresholds.raises_outside(self.outside, self.reference) or self.emptied
+        )
+
+    @property
+    def emptied(self) -> bool:
+        """Whether the release leaves no benefit of merging where there was one."""
+        return self.status == "ok" and not thresholds.has_benefit(self.undefended, self.outside)
+
+    @property
+    def protection(self) -> float | None:
+        """1 − (G(attacked) − G0) / (G(undefended) − G0), raw; None where there was no benefit.
+
+        What a release adds to G0 beyond the undefended expert's is given away, not protected: G0
+        counts up to 0.02 over the reference, and a release that leaves no benefit protects nothing.
+        """
+        if self.status == "no-benefit":
+            return None
+        left, benefit = self.terms()
+        return ratio(float(left), float(benefit))
+
+    def terms(self, drawn: Floats | None = None) -> tuple[Floats, Floats]:
+        """Numerator and denominator, which add up over victims and seeds.
+
+        Of these gains, or of resamples of them ``drawn`` (n, 4) under the same verdict.
+        """
+        values = np.asarray(self) if drawn is None else drawn.T
+        attacked, undefended, outside, reference = values
+        if self.emptied:
+            return undefended - reference, undefended - reference
+        outside = np.minimum(outside, reference + thresholds.RAISED)
+        return attacked - outside, undefended - outside
+
+
+def ratio(left: float, benefit: float) -> float:
+    """1 − left / benefit; NaN unless there is a benefit."""
+    return 1 - left / benefit if benefit > 0 else math.nan
 
 
 def normalized(accuracy: Mapping[str, float], expert: Mapping[str, float]) -> dict[str, float]:
@@ -33,15 +100,3 @@ def gain(correct: Mapping[str, np.ndarray], expert: Mapping[str, np.ndarray]) ->
     """G: mean normalised accuracy over the victim's and the partners' tasks."""
     values = normalized(accuracies(correct), accuracies(expert))
     return sum(values.values()) / len(values)
-
-
-def benefit(undefended: float, outside: float) -> float | None:
-    """G(undefended) − G0, or None where there was nothing to protect."""
-    value = undefended - outside
-    return value if value >= NO_BENEFIT else None
-
-
-def protection(attacked: float, undefended: float, outside: float) -> float | None:
-    """1 − (G(attacked) − G0) / (G(undefended) − G0), raw; None where there was no benefit."""
-    value = benefit(undefended, outside)
-    return None if value is None else 1.0 - (attacked - outside) / value
