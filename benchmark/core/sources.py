@@ -6,18 +6,10 @@ import ast
 import functools
 import hashlib
 import importlib.util
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 _PROJECT = ("benchmark", "defenses", "attacks")
-
-
-def sha(*parts: Any) -> str:
-    """sha256 of a JSON rendering of ``parts``: the key of whatever they determine."""
-    text = json.dumps(parts, sort_keys=True, default=str, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.cache
