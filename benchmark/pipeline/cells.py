@@ -94,17 +94,15 @@ class CellMaker:
         expert = bench.expert(at.group.victim)
         released = bench.released(at.defense, at.group.victim, at.seed)
         shipped = bench.shipped(at.defense, at.group.victim, at.seed)
-        solved = self.attackers.solve(at)
-        recovered = bench.recovered(at.under(solved.attack))
-        cell.ensemble = solved.report
         cell.sha256 = Hashes(
-            base=bench.base.sha256,
-            expert=expert.sha256,
-            released=released.sha256,
-            recovered=recovered.sha256,
+            base=bench.base.sha256, expert=expert.sha256, released=released.sha256
         )
         cell.qk_gauge = bench.anatomy.qk_gauge
         cell.notes = dict(released.facts["notes"])
+        solved = self.attackers.solve(at)
+        recovered = bench.recovered(at.under(solved.attack))
+        cell.ensemble = solved.report
+        cell.sha256.recovered = recovered.sha256
         cell.seconds = Seconds(
             expert=expert.facts["seconds"],
             protect=released.facts["seconds"],

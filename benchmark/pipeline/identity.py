@@ -36,7 +36,7 @@ from benchmark.api import methods
 from benchmark.api.contracts import Ensemble, Testbed
 from benchmark.api.methods import Named
 from benchmark.api.specs import parameters
-from benchmark.core.sources import source_hash
+from benchmark.core.sources import fingerprint as source_hash
 
 if TYPE_CHECKING:
     from benchmark.pipeline.suite import Group, Suite

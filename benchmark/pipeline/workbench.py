@@ -39,6 +39,9 @@ from benchmark.pipeline.situation import Situation
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.suite import Group
 
+#: Hears what a defense reports: key, value.
+Note = Callable[[str, object], None]
+
 #: Bytes of States that are kept in memory, in all.
 MEMORY = 4e9
 
@@ -107,7 +110,7 @@ class Workbench:
 
         def make(report: Report) -> Members:
             self.notify(f"{defense.spec} protects {victim}")
-            owner = self._owner(defense, victim, key, report)
+            owner = self.owner(defense.spec, victim, key, report.notes.__setitem__)
             rng = generator("defense", defense.spec, victim, seed)
             with self.guard.held(f"defense {defense.spec}"):
                 if isinstance(defense.method, apart.Apart):
@@ -131,7 +134,7 @@ class Workbench:
             return released
 
         def make(report: Report) -> Members:
-            owner = self._owner(defense, victim, key, report)
+            owner = self.owner(defense.spec, victim, key, report.notes.__setitem__)
             # One release for all groups of this victim: the draw must not depend on partners.
             rng = generator("defense", defense.spec, victim, seed)
             with self.guard.held(f"defense {defense.spec}"):
@@ -201,7 +204,11 @@ class Workbench:
     ) -> Node:
         return Node(key, make, self.store, self.evaluator.base, durable=durable, inputs=inputs)
 
-    def _owner(self, defense: Named[Defense], victim: str, node: str, report: Report) -> Victim:
+    def owner(
+        self, what: str, victim: str, node: str = "", note: Note = lambda key, value: None
+    ) -> Victim:
+        """What the owner of an expert has when protecting it. ``what`` names its trainings, which
+        resume if the key of the ``node`` they are part of is given; ``note`` hears its reports."""
         expert = self.expert(victim).state()
         self.guard.watch(f"the expert for {victim}", expert)
         return Victim(
@@ -210,11 +217,11 @@ class Workbench:
             anatomy=self.anatomy,
             task=self.evaluator.task(victim).without_test(),
             recipe=self.testbed.recipe,
-            fine_tune=self.trainer(f"{defense.spec} {victim}", node),
+            fine_tune=self.trainer(f"{what} {victim}", node),
             initialise=lambda rng: to_device(self.testbed.initialise(rng), self.evaluator.device),
             features=self.testbed.features,
             module=self.testbed.module(),
-            note=report.notes.__setitem__,
+            note=note,
         )
 
     def knowledge(
