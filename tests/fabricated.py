@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.api.contracts import Card
-from benchmark.core.records import Cell, Seconds, Spent
+from benchmark.core.records import SCHEMA_VERSION, Cell, Seconds, Spent
+from benchmark.evaluation.scoring import Gains
 from benchmark.evaluation.statistics import pack_bits, ratio_protection
 
 LABELED = {"finetune-recovery"}
+UNLABELED = {"layer-refit"}
 ROLES = {"none": "reference", "oracle": "control", "noise": "control"}
 SUITE = {"name": "made-up", "hash": "0" * 64, "description": "fabricated cells for a test"}
 RUN = {
-    "schema_version": 1,
+    "schema_version": SCHEMA_VERSION,
     "suite": SUITE,
     "environment": {"python": "3.12", "platform": "Linux"},
     "packages": {"torch": "2.15", "numpy": "2"},
@@ -27,6 +29,13 @@ RUN = {
     "seconds": 12.5,
 }
 EXPERT = {"r8": 0.94, "bbc": 0.95}
+ZERO_SHOT = {"r8": 0.44, "bbc": 0.71}
+UNDEFENDED = {"r8": 0.92, "bbc": 0.93}
+#: G0 with the undefended expert as release: both experts alone do worse.
+REFERENCE = {"r8": 0.60, "bbc": 0.90}
+#: Where merging the undefended expert gains nothing, and where only this release leaves nothing.
+NO_BENEFIT = {"outside": UNDEFENDED, "reference": UNDEFENDED}
+EMPTIED = {"outside": UNDEFENDED}
 
 
 def cards(spec: str) -> Card:
@@ -51,22 +60,39 @@ def cell(
     n: int = 500,
     utility: float = 0.94,
     gap: float = 1e-6,
+    outside: dict[str, float] = REFERENCE,
+    reference: dict[str, float] = REFERENCE,
     **fields: object,
 ) -> Cell:
-    """A cell on r8 (victim) and bbc whose attacked model lies that far from the undefended one."""
+    """A cell on r8 (victim) and bbc whose attacked model lies that far from the undefended one.
+
+    ``outside`` and ``reference``: accuracies of the best without merging the release, and without
+    merging the undefended expert.
+    """
     rng = np.random.default_rng([seed, zlib.crc32(f"{defense}|{attack}|{merger}".encode())])
-    undefended = {"r8": 0.92, "bbc": 0.93}
-    outside = {"r8": 0.60, "bbc": 0.90}
-    attacked = {t: undefended[t] + protection * (outside[t] - undefended[t]) for t in EXPERT}
-    models = {"undefended": undefended, "outside": outside, "expert": EXPERT, "attacked": attacked}
+    attacked = {t: UNDEFENDED[t] + protection * (outside[t] - UNDEFENDED[t]) for t in EXPERT}
+    models = {
+        "undefended": UNDEFENDED,
+        "outside": outside,
+        "expert": EXPERT,
+        "attacked": attacked,
+    }
     correct = {
         model: {task: outcomes(value, n, rng) for task, value in accuracy.items()}
         for model, accuracy in models.items()
     }
-    gains = {
-        model: sum(round(v[t] * n) / round(EXPERT[t] * n) for t in EXPERT) / 2
-        for model, v in models.items()
-    }
+    same = outside == reference
+    correct["reference"] = (
+        correct["outside"] if same else {t: outcomes(v, n, rng) for t, v in reference.items()}
+    )
+    correct["base"] = {task: outcomes(value, n, rng) for task, value in ZERO_SHOT.items()}
+    correct["released"] = {"r8": outcomes(utility, n, rng)}
+    gains = Gains(
+        *(
+            sum(round(v[t] * n) / round(EXPERT[t] * n) for t in EXPERT) / 2
+            for v in (attacked, UNDEFENDED, outside, reference)
+        )
+    )
     made: dict[str, object] = {
         "key": f"{defense}|{attack}|{merger}|{seed}",
         "testbed": "minilm",
@@ -76,20 +102,25 @@ def cell(
         "defense": defense,
         "attack": attack,
         "merger": merger,
-        "access": "labeled" if attack in LABELED else "weights",
+        "access": "labeled"
+        if attack in LABELED
+        else "unlabeled"
+        if attack in UNLABELED
+        else "weights",
         "accuracy": attacked,
-        "gain": gains["attacked"],
-        "gain_undefended": gains["undefended"],
-        "gain_outside": gains["outside"],
-        "protection": 1
-        - (gains["attacked"] - gains["outside"]) / (gains["undefended"] - gains["outside"]),
+        "status": gains.status,
+        "gain": gains.attacked,
+        "gain_undefended": gains.undefended,
+        "gain_outside": gains.outside,
+        "gain_reference": gains.reference,
+        "protection": gains.protection,
         "protection_ci": ratio_protection(correct, scope="minilm").interval,
         "merged_accuracy": attacked,
         "fixed": {"0.3": {"r8": 0.5, "bbc": 0.9}, "0.8": {"r8": 0.7, "bbc": 0.8}},
         "expert_accuracy": EXPERT,
-        "zero_shot": {"r8": 0.44, "bbc": 0.71},
-        "utility": utility,
-        "standalone": utility,
+        "zero_shot": ZERO_SHOT,
+        "utility": round(utility * n) / n,
+        "standalone": round(utility * n) / n,
         "logit_gap": gap,
         "correct": correct,
         "n_val": 200,
@@ -98,6 +129,25 @@ def cell(
         "budget": Spent(examples=128 if attack in LABELED else 0),
     }
     return Cell(**{**made, **fields})  # type: ignore[arg-type]
+
+
+def modules(defense: str = "foreign", protection: float = 0.9, **fields: object) -> list[Cell]:
+    """A release with modules of its own under what is mandatory for such."""
+    more: dict[str, object] = {"changes_modules": True, "seen": 0.95, **fields}
+    return [
+        cell(defense, attack, protection=protection, **more)  # type: ignore[arg-type]
+        for attack in ("none", "read-shipped", "layer-refit")
+    ]
+
+
+def counted(expert: int, released: int, n: int = 200, **fields: object) -> Cell:
+    """A cell whose expert and release get so many of ``n`` of the victim's examples right."""
+    rng = np.random.default_rng([expert, released])
+    made = cell(n=n, **fields)  # type: ignore[arg-type]
+    made.correct["expert"]["r8"] = outcomes(expert / n, n, rng)
+    made.correct["released"] = {"r8": outcomes(released / n, n, rng)}
+    made.utility = released / n
+    return made
 
 
 ATTACKS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fabricated import RUN, cards, cell
+from fabricated import NO_BENEFIT, RUN, cards, cell
 
 from benchmark import reporting
 from benchmark.core.errors import AssetError
@@ -93,7 +93,7 @@ def test_an_error_is_shown_and_no_point_is_drawn() -> None:
     (curve,) = break_curves(rank([*lock(), broken], cards), "per_class")
     assert curve.points[4].status == "error"
     assert list(curve.known()) == [0, 1, 16]
-    nothing = [tuned("lock", n, 0.0, status="no-benefit") for n in (4, 16)]
+    nothing = [tuned("lock", n, 0.0, **NO_BENEFIT) for n in (4, 16)]
     (curve,) = break_curves(rank([*lock()[:4], *nothing], cards), "per_class")
     assert [e.status for e in curve.points.values()] == ["ok", "ok", "no-benefit", "no-benefit"]
 
@@ -179,8 +179,8 @@ def test_the_page_and_the_console_hold_them(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "What breaking a defense costs" in page
     assert "<th>labelled examples per class</th><th>weights only</th><th>1</th><th>4</th>" in page
-    assert "1.5 × fine-tuning" in page
-    assert "10.0<small>int8</small>" in page
+    assert "1.5 × tuning" in page
+    assert "10.0</bdi><small><bdi>int8</bdi></small>" in page
     assert "80.0<small>of 90.0</small>" in page
     assert "left out: &lt;b&gt;why&lt;/b&gt;" in page
     from rich.console import Console
@@ -189,7 +189,7 @@ def test_the_page_and_the_console_hold_them(tmp_path: Path) -> None:
     tables.show(cells, rank(cells, cards), console)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    for words in ("10.0", "int8", "12.0 s", "1.50×"):
+    for words in ("10.0", "int8", "12", "1.5 × tuning"):
         assert words in text
 
 

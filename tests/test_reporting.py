@@ -10,14 +10,16 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from fabricated import ATTACKS, RUN, cards, cell, suite
+from fabricated import ATTACKS, NO_BENEFIT, RUN, cards, cell, modules, suite
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from benchmark import reporting
 from benchmark.core.records import Cell
-from benchmark.reporting import html, plots, tables
-from benchmark.reporting.board import Leaderboard, Row
-from benchmark.reporting.ranking import rank
+from benchmark.reporting import columns, html, plots, tables
+from benchmark.reporting.board import Leaderboard, Robust, Row
+from benchmark.reporting.ranking import give_ranks, rank
 from benchmark.reporting.summary import fixed_lines, task_lines, verdict
 
 EVIL = "<script>alert('x')</script>$a_b$"
@@ -53,12 +55,32 @@ def test_robust_protection_is_the_least_of_its_tier_and_below() -> None:
         "aga",
         "finetune-recovery",
     )
-    assert found.robust["unlabeled"] == found.robust["weights"]
+    assert "unlabeled" not in found.robust  # nobody used such access
     assert found.robust["weights"].protection == pytest.approx(0.6, abs=0.02)
     assert found.robust["labeled"].protection == pytest.approx(0.3, abs=0.02)
     assert found.unattacked is not None
     assert found.unattacked.protection == pytest.approx(1.0, abs=0.02)
     assert found.robust["weights"].interval == pytest.approx(found.robust["weights"].bounds)
+    with_inputs = rank(
+        [*grid("params", 1.0, 0.8), cell("params", "layer-refit", protection=0.9)], cards
+    )
+    found = row(with_inputs, "params")
+    assert found.robust["unlabeled"] == found.robust["weights"]
+    assert "labeled" not in found.robust
+    assert with_inputs.tiers() == ["weights", "unlabeled"]
+
+
+def test_the_lower_end_is_the_least_of_any_attack_and_merger() -> None:
+    """The second merger leaves more, but is known less well."""
+    sure = cell("params", merger="ties", protection=0.5, n=500)
+    vague = cell("params", merger="average", protection=0.6, n=20)
+    found = row(rank([sure, vague], cards), "params").robust["weights"]
+    lows = [one.protection_ci[0] for one in (sure, vague) if one.protection_ci]
+    assert found.merger == "ties"
+    assert found.low == pytest.approx(min(lows)) == pytest.approx(lows[1])
+    assert found.interval is not None
+    assert found.interval[0] > found.low
+    assert found.bounds == pytest.approx((max(0, found.low), found.interval[1]))
 
 
 def test_the_worst_merger_counts_and_task_aware_ones_stand_apart() -> None:
@@ -98,11 +120,17 @@ def test_where_no_attack_is_needed_a_faster_one_does_not_stand_for_it() -> None:
     assert found.attack == "none"
 
 
+def twin(cells: list[Cell], defense: str) -> list[Cell]:
+    """The same outcomes under another name."""
+    return [one.model_copy(update={"defense": defense}) for one in cells]
+
+
 def test_ranks_and_ties() -> None:
+    two = grid("two", 0.5)
     cells = [
         *grid("one", 0.95),
-        *grid("two", 0.5),
-        *grid("three", 0.48),
+        *two,
+        *twin(two, "three"),
         *grid("four", 0.0),
         *grid("none", 0.0),
         *grid("oracle", 1.0),
@@ -110,21 +138,75 @@ def test_ranks_and_ties() -> None:
     board = rank(cells, cards)
     places = [(r.defense, r.place) for r in board.rows]
     assert places == [
-        ("one", "1"), ("two", "2="), ("three", "2="), ("four", "4"), ("oracle", "–"), ("none", "–"),
+        ("one", "1"), ("three", "2="), ("two", "2="), ("four", "4"), ("oracle", "–"), ("none", "–"),
     ]  # fmt: skip
     assert [r.standing for r in board.rows[-2:]] == ["control", "reference"]
 
 
-def test_a_tie_at_the_weights_tier_is_decided_at_the_labeled_one() -> None:
-    at = ("none", "finetune-recovery")
-    board = rank([*grid("one", 0.8, 0.1, attacks=at), *grid("two", 0.79, 0.7, attacks=at)], cards)
-    assert [(r.defense, r.place) for r in board.rows] == [("two", "1"), ("one", "2")]
+@pytest.mark.parametrize("attack", ["finetune-recovery", "layer-refit"])
+def test_a_tie_at_the_weights_tier_is_decided_at_the_higher_ones(attack: str) -> None:
+    one = grid("one", 0.8)
+    cells = [
+        *one,
+        *twin(one, "two"),
+        cell("one", attack, protection=0.1),
+        cell("two", attack, protection=0.7),
+    ]
+    assert [(r.defense, r.place) for r in rank(cells, cards).rows] == [("two", "1"), ("one", "2")]
+
+
+def test_a_wide_interval_never_helps() -> None:
+    """0.00 with [0, 1] used to tie with 1.00 [1, 1]: their intervals overlap."""
+    board = rank(
+        [*grid("vague", 0.6, n=20), *grid("sure", 0.95, n=500), *grid("known", 0.5, n=500)], cards
+    )
+    assert [(r.defense, r.place) for r in board.rows] == [
+        ("sure", "1"), ("known", "2"), ("vague", "3"),
+    ]  # fmt: skip
+    assert row(board, "vague").robust["weights"].bounds[1] > 0.8
+
+
+def test_no_interval_counts_as_nothing() -> None:
+    """With so few examples many resamples have no benefit to divide by."""
+    unknown = cell("unknown", "aga", protection=1.0, n=8)
+    assert unknown.protection_ci is None
+    board = rank([unknown, cell("known", "aga", protection=0.3)], cards)
+    assert [(r.defense, r.place) for r in board.rows] == [("known", "1"), ("unknown", "2")]
+    found = row(board, "unknown").robust["weights"]
+    assert (found.low, found.protection) == (0.0, pytest.approx(1.0))
+
+
+ends = st.floats(-1, 2).map(lambda value: round(value, 3))
+
+
+@given(st.lists(st.tuples(ends, ends), min_size=2, max_size=6), st.floats(0, 1))
+@settings(deadline=None)
+def test_a_lower_end_further_down_never_ranks_higher(
+    low: list[tuple[float, float]], less: float
+) -> None:
+    def ranked(first: tuple[float, float]) -> list[int]:
+        rows = [made(*pair) for pair in (first, *low[1:])]
+        give_ranks(rows)
+        return [one.rank or 0 for one in rows]
+
+    def made(weights: float, labeled: float) -> Row:
+        fields = {"testbed": "b", "merger": "m", "defense": "d", "attack": "a", "access": "weights"}
+        robust = {
+            tier: Robust(**fields, protection=2.0, low=value)  # type: ignore[arg-type]
+            for tier, value in (("weights", weights), ("labeled", labeled))
+        }
+        return Row(defense="d", robust=robust)  # type: ignore[arg-type]
+
+    before = ranked(low[0])
+    assert ranked((low[0][0] - less, low[0][1]))[0] >= before[0]
+    assert ranked((low[0][0], low[0][1] - less))[0] >= before[0]
 
 
 def test_protection_beyond_the_scale_ties_with_its_end() -> None:
-    board = rank([*grid("one", 1.4), *grid("two", 1.0)], cards)
+    board = rank([*grid("one", 2.2), *grid("two", 1.9)], cards)
     assert {r.place for r in board.rows} == {"1="}
     assert all(r.robust["weights"].shown <= 1 for r in board.rows)
+    assert all(r.robust["weights"].low > 1 for r in board.rows)
 
 
 def test_an_error_in_one_cell_costs_the_rank() -> None:
@@ -156,23 +238,31 @@ def test_missing_cells_cost_the_rank_but_skipped_ones_do_not() -> None:
     assert row(board, "two").place == "1"
 
 
-@pytest.mark.parametrize(("utility", "standing"), [(0.925, "ranked"), (0.924, "below-gate")])
-def test_the_utility_gate(utility: float, standing: str) -> None:
-    found = row(rank(grid("params", 1.0, utility=utility), cards), "params")
-    assert found.standing == standing
-    assert ("utility-gate" in found.flags) == (standing == "below-gate")
-    assert found.drop == pytest.approx(100 * (0.94 - utility))
-    if standing == "below-gate":
-        assert found.rank is None
-        assert "1.6 points lost" in found.reason
-
-
 def test_no_benefit_anywhere_means_no_rank() -> None:
-    board = rank([cell("params", status="no-benefit", reason="nothing to protect")], cards)
+    board = rank([cell("params", **NO_BENEFIT, reason="nothing to protect")], cards)
     found = row(board, "params")
     assert found.standing == "unranked"
     assert "no-benefit" in found.flags
     assert verdict(found) == "no cell in which merging had a benefit; nothing was measured"
+
+
+def test_as_published_is_unattacked_with_one_coefficient_for_all() -> None:
+    cells = [
+        cell("params", merger="task-arithmetic", protection=0.1),
+        cell("params", merger="average", protection=0.9, one_coefficient=True),
+        cell("params", "aga", merger="average", protection=0.2, one_coefficient=True),
+        cell("params", merger="slerp(fixed=0.5)", protection=0.3, one_coefficient=True),
+    ]
+    found = row(rank(cells, cards), "params")
+    assert found.as_published is not None
+    assert found.as_published.merger == "average"
+    assert found.as_published.protection == pytest.approx(0.9, abs=0.02)
+    assert found.unattacked is not None
+    assert found.unattacked.protection == pytest.approx(0.1, abs=0.02)
+    assert row(rank(cells[:1], cards), "params").as_published is None
+    text = printed(cells, 80)
+    assert "as pub-" in text
+    assert "as pub-" not in printed(cells[:1], 80)
 
 
 def test_flags_from_cells() -> None:
@@ -242,7 +332,7 @@ def test_the_console_fits_and_tells_the_story(width: int) -> None:
 def test_statuses_are_words() -> None:
     cells = [
         *grid("params", 1.0),
-        cell("params", "aga", status="no-benefit"),
+        cell("params", "aga", **NO_BENEFIT),
         cell("params", "head-norm", status="skipped", reason="x"),
         cell("params", "gauge-align", status="error", reason="y"),
     ]
@@ -258,6 +348,18 @@ def test_many_attacks_continue_in_a_second_block() -> None:
     assert len(re.findall(r"attack →", text)) == 2
     matrix = text[: text.index("Ranking")]
     assert len(re.findall(r"0\.\d\d [~✗]", matrix)) == 14
+
+
+def test_other_modules_are_ranked_in_a_table_of_their_own() -> None:
+    cells = [*grid("params", 0.3), cell("params", "layer-refit"), *modules(), *grid("none", 0.0)]
+    board = rank(cells, cards)
+    assert [(r.defense, r.track, r.place) for r in board.rows] == [
+        ("params", "weights", "1"), ("none", "weights", "–"), ("foreign", "modules", "1"),
+    ]  # fmt: skip
+    text = printed(cells, 80)
+    ranking = text[text.index("Ranking by") :]
+    assert ranking.index("params  ") < ranking.index("run other modules") < ranking.index("foreign")
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_names_are_no_markup() -> None:
@@ -346,6 +448,37 @@ def test_the_page_is_whole_and_fetches_nothing(written: Path) -> None:
                   "packages: torch", "2=", "unmergebench report"):  # fmt: skip
         assert words in page.text
     assert "prefers-color-scheme: dark" in page.text
+
+
+def test_every_column_stands_where_it_says(tmp_path: Path) -> None:
+    """One table of columns: console, page, data. What the site adds is tested there."""
+    uses = {"int8": {"released": 0.8, "expert": 0.9}}
+    cells = [
+        *modules(),
+        cell(attack="none", benign=uses, one_coefficient=True),
+        cell(attack="layer-refit"),
+        cell(attack="finetune-recovery"),
+        cell(merger="emr", task_id=True),
+    ]
+    board = rank(cells, cards)
+    reporting.write(tmp_path, cells, RUN, cards)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = columns.of_view("page", board)
+    assert {c.name for c in shown} == {c.name for c in columns.COLUMNS}
+    for column in shown:
+        assert page.count(f"<th>{column.title}</th>") == 2  # weights, modules
+        assert f"<dt>{column.title}</dt><dd>" in page
+    text = printed(cells, 200)
+    for column in columns.of_view("console", board):
+        assert column.short
+        for words in column.short.split("\n"):
+            assert words in text
+    names = [field.name for field in columns.FIELDS]
+    assert len(names) == len(set(names))
+    one = row(board, "params")
+    flat = {field.name: field.value(one) for field in columns.FIELDS}
+    assert flat["robust_task_aware"] == pytest.approx(0, abs=0.02)
+    assert (flat["tax_use"], flat["as_published_merger"]) == ("int8", "task-arithmetic")
 
 
 def test_every_string_is_escaped(tmp_path: Path) -> None:

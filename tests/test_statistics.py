@@ -7,16 +7,17 @@ import time
 
 import numpy as np
 import pytest
-from fabricated import cell, outcomes
+from fabricated import NO_BENEFIT, cell, outcomes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.evaluation import statistics
+from benchmark.evaluation.scoring import Gains
 from benchmark.evaluation.statistics import (
+    MODELS,
     aggregate,
     pack_bits,
-    protection,
     ratio_protection,
     resampled_gains,
     unpack_bits,
@@ -28,9 +29,13 @@ accuracies = st.integers(0, 100).map(lambda percent: percent / 100)
 
 
 def correct(n: int = 200, seed: int = 0, **models: float) -> dict[str, dict[str, str]]:
-    """Outcomes of each model with that accuracy on each of two tasks."""
+    """Outcomes of each model with that accuracy on each of two tasks.
+
+    The release gives away nothing, unless ``reference`` says so.
+    """
     rng = np.random.default_rng(seed)
-    return {m: {t: outcomes(a, n, rng) for t in ("one", "two")} for m, a in models.items()}
+    made = {m: {t: outcomes(a, n, rng) for t in ("one", "two")} for m, a in models.items()}
+    return {"reference": made["outside"], **made}
 
 
 @given(st.lists(st.booleans(), max_size=300))
@@ -60,7 +65,7 @@ def test_nothing_is_protected_when_attacked_equals_undefended(seed: int, accurac
     found = correct(seed=seed, attacked=accuracy, undefended=accuracy, outside=outside, expert=0.95)
     found["attacked"] = found["undefended"]
     estimate = ratio_protection(found, resamples=200)
-    if accuracy == 0:
+    if accuracy < 0.04:  # merging gains under 0.02
         assert math.isnan(estimate.value)
         assert estimate.interval is None
     else:
@@ -77,6 +82,24 @@ def test_all_is_protected_when_attacked_equals_outside(seed: int, percent: int) 
     estimate = ratio_protection(found, resamples=200)
     assert estimate.value == pytest.approx(1, abs=1e-12)
     assert estimate.interval == pytest.approx((1, 1), abs=1e-12)
+
+
+@given(st.integers(0, 999), st.integers(30, 90))
+@few
+def test_what_a_release_gives_away_is_not_protected(seed: int, percent: int) -> None:
+    """The release used alone gets so much, and no attack gains more."""
+    found = correct(
+        400, seed, attacked=0.3, undefended=0.9, outside=percent / 100, reference=0.3, expert=1.0
+    )
+    found["attacked"] = found["outside"]
+    estimate = ratio_protection(found, resamples=200)
+    most = 1 - (percent / 100 - 0.32) / (0.9 - 0.32)
+    if percent >= 89:  # under 0.02 is left to gain
+        assert estimate == (0, 0, 0)
+    else:
+        assert estimate.value == pytest.approx(min(1, most))
+        # No resample frees a release of what it gave away: its outcomes may only be worth less.
+        assert estimate.high <= min(1, most) + 0.1
 
 
 @given(st.integers(0, 999), st.integers(40, 90))
@@ -101,7 +124,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
             expert = bits["expert"][task][rows].mean()
             for model in bits:
                 gains[model] += bits[model][task][rows].mean() / expert / 2
-        ratios.append(protection(gains["attacked"], gains["undefended"], gains["outside"]))
+        ratios.append(Gains(*(gains[model] for model in Gains._fields)).protection)
     _, low, high = ratio_protection(found, resamples=4000)
     assert (low, high) == pytest.approx(tuple(np.quantile(ratios, [0.025, 0.975])), abs=0.012)
 
@@ -114,6 +137,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
         rng = np.random.default_rng(seed)
         rates = {"attacked": 0.7, "undefended": 0.9, "outside": 0.5, "expert": 0.95}
         found = {m: {t: pack_bits(rng.random(200) < p) for t in "ab"} for m, p in rates.items()}
+        found["reference"] = found["outside"]
         _, low, high = ratio_protection(found, resamples=400)
         inside += low <= truth <= high
     assert 0.90 <= inside / rounds <= 0.99
@@ -126,11 +150,10 @@ def test_no_denominator_no_ratio() -> None:
     assert math.isnan(low)
     assert math.isnan(high)
     # Hardly any benefit: a value, but many resamples have none, so no honest interval.
-    barely = correct(attacked=0.5, undefended=0.605, outside=0.6, expert=0.9)
+    barely = correct(attacked=0.5, undefended=0.63, outside=0.6, expert=0.9)
     estimate = ratio_protection(barely)
     assert not math.isnan(estimate.value)
     assert estimate.interval is None
-    assert math.isnan(protection(0.5, 0.4, 0.4))
 
 
 def test_an_expert_without_a_right_answer_gives_nan() -> None:
@@ -140,8 +163,9 @@ def test_an_expert_without_a_right_answer_gives_nan() -> None:
 
 def test_incomplete_outcomes_are_refused() -> None:
     found = correct(attacked=0.5, undefended=0.8, outside=0.6, expert=0.9)
-    with pytest.raises(UnmergeBenchError, match="no per-example outcomes of expert"):
-        ratio_protection({m: v for m, v in found.items() if m != "expert"})
+    for model in MODELS:
+        with pytest.raises(UnmergeBenchError, match=f"no per-example outcomes of {model}"):
+            ratio_protection({m: v for m, v in found.items() if m != model})
     with pytest.raises(UnmergeBenchError, match="task 'two' are incomplete"):
         ratio_protection({**found, "outside": {"one": found["outside"]["one"]}})
     with pytest.raises(UnmergeBenchError, match="differ in number"):
@@ -177,7 +201,7 @@ def test_a_ratio_of_sums_over_one_cell_is_its_ratio(value: float, seed: int) -> 
 def test_sums_weigh_cells_by_what_there_was_to_protect() -> None:
     large = cell("params", "aga", protection=1.0)
     small = cell("params", "aga", protection=0.0, seed=1)
-    small.gain = small.gain_undefended = (small.gain_outside or 0) + 0.05
+    small.gain = small.gain_undefended = (small.gain_reference or 0) + 0.05
     total = (large.gain_undefended or 0) - (large.gain_outside or 0)
     found = aggregate([large, small])
     assert found.estimate.value == pytest.approx(1 - 0.05 / (total + 0.05), abs=0.01)
@@ -193,7 +217,7 @@ def test_an_interval_narrows_with_independent_cells_only() -> None:
     assert twice == pytest.approx(single)
     swap = {"r8": "rt", "bbc": "20ng"}
     other = one.model_copy(
-        update={"correct": {m: {swap[t]: b for t, b in v.items()} for m, v in one.correct.items()}}
+        update={"correct": {m: {swap[t]: one.correct[m][t] for t in swap} for m in MODELS}}
     )
     more = aggregate([one, other]).estimate
     assert more.high - more.low < 0.85 * (single.high - single.low)
@@ -202,7 +226,7 @@ def test_an_interval_narrows_with_independent_cells_only() -> None:
 def test_what_has_no_value_is_left_out() -> None:
     good = cell("params", "aga", protection=0.5)
     broken = cell("params", "aga", protection=1.0, seed=1, status="error", reason="failed")
-    void = cell("params", "aga", protection=1.0, seed=2, status="no-benefit")
+    void = cell("params", "aga", protection=1.0, seed=2, **NO_BENEFIT)
     found = aggregate([good, broken, void])
     assert found.estimate == aggregate([good]).estimate
     assert (found.cells, found.no_benefit) == (1, 1)
@@ -215,6 +239,14 @@ def test_without_outcomes_there_is_a_value_but_no_interval() -> None:
     found = aggregate([bare]).estimate
     assert found.value == pytest.approx(bare.protection)
     assert found.interval is None
+
+
+def test_groups_of_no_gain_are_no_matter() -> None:
+    """The base, and the release as shipped on the victim's task alone, are not resampled."""
+    one = cell("params", "aga", protection=0.5)
+    assert {"base", "released"} <= one.correct.keys()
+    bare = {model: one.correct[model] for model in MODELS}
+    assert ratio_protection(one.correct) == ratio_protection(bare)
 
 
 def test_an_interval_is_fast() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmark.core.errors import MethodError
+from benchmark.core.records import Cell
 from benchmark.evaluation import thresholds
 
 Floats = NDArray[np.float64]
@@ -30,6 +31,19 @@ class Gains(NamedTuple):
     undefended: float
     outside: float
     reference: float
+
+    @classmethod
+    def of(cls, cell: Cell) -> Gains | None:
+        """Those of a measured cell; None for one that failed or was skipped."""
+        found = (cell.gain, cell.gain_undefended, cell.gain_outside, cell.gain_reference)
+        if cell.status not in ("ok", "no-benefit") or None in found:
+            return None
+        return cls(*(float(value) for value in found if value is not None))
+
+    @property
+    def benefit(self) -> float:
+        """What merging the undefended expert gains: the cell's weight, whatever the defense."""
+        return self.undefended - self.reference if self.status == "ok" else 0.0
 
     @property
     def status(self) -> Literal["ok", "no-benefit"]:
@@ -64,10 +78,9 @@ class Gains(NamedTuple):
     def terms(self, drawn: Floats | None = None) -> tuple[Floats, Floats]:
         """Numerator and denominator, which add up over victims and seeds.
 
-        Of these gains, or of resamples of them ``drawn`` (n, 4) under the same verdict.
+        Of these gains, or of resamples of them ``drawn`` (n, 4) under the same verdict: () or (n,).
         """
-        values = np.asarray(self) if drawn is None else drawn.T
-        attacked, undefended, outside, reference = values
+        attacked, undefended, outside, reference = np.asarray(self) if drawn is None else drawn.T
         if self.emptied:
             return undefended - reference, undefended - reference
         outside = np.minimum(outside, reference + thresholds.RAISED)

@@ -1,7 +1,10 @@
 """Intervals of protection, from per-example outcomes.
 
-The bootstrap is paired: one resample of a task's test examples serves the attacked, the undefended
-and the outside model and the expert they are all normalised by, so that what they share cancels.
+The bootstrap is paired: one resample of a task's test examples serves the attacked, the undefended,
+the outside and the reference model and the expert they are all normalised by, so that what they
+share cancels. What a resample counts for is decided once, by the cell's own gains
+(:class:`benchmark.evaluation.scoring.Gains`): a release that leaves nothing to merge protects
+nothing in any resample.
 Where several cells are put together, cells that test on the same task see the same resample. That
 is right when they hold the same examples (their errors are correlated) and harmless when they do
 not (the covariance of independent examples under shared weights has mean 0).
@@ -23,11 +26,13 @@ from numpy.typing import NDArray
 
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.records import Cell
+from benchmark.evaluation.scoring import Gains, ratio
 
 RESAMPLES = 1000
 SEED = 0
 LEVEL = 0.95
-MODELS = ("attacked", "undefended", "outside", "expert")
+#: Groups of ``Cell.correct`` that are resampled; the others are of one task or of no gain.
+MODELS = (*Gains._fields, "expert")
 
 Correct = Mapping[str, Mapping[str, str]]
 Floats = NDArray[np.float64]
@@ -120,7 +125,7 @@ def _accuracy(text: str, name: str, resamples: int, seed: int) -> tuple[int, flo
 def resampled_gains(
     correct: Correct, *, scope: str = "", resamples: int = RESAMPLES, seed: int = SEED
 ) -> tuple[Floats, Floats]:
-    """G of (attacked, undefended, outside): the point (3,) and its resamples (resamples, 3).
+    """G of attacked, undefended, outside, reference: the point (4,), its resamples (resamples, 4).
 
     G is the mean over tasks of accuracy / the expert's accuracy. ``scope`` (the testbed's name)
     keeps equally named tasks of two testbeds apart. NaN where an expert has no correct answer.
@@ -132,7 +137,7 @@ def resampled_gains(
     if missing:
         raise UnmergeBenchError(f"no per-example outcomes of {', '.join(missing)}; run it again")
     tasks = sorted(correct["attacked"])
-    point, drawn = np.zeros(3), np.zeros((resamples, 3))
+    point, drawn = np.zeros(len(Gains._fields)), np.zeros((resamples, len(Gains._fields)))
     for task in tasks:
         try:
             found = [
@@ -151,15 +156,6 @@ def resampled_gains(
                 point[column] += overall / expert if expert else math.nan
                 drawn[:, column] += resampled * scale
     return point / len(tasks), drawn / len(tasks)
-
-
-def protection(attacked: float, undefended: float, outside: float) -> float:
-    """1 − (G(attacked) − G0) / (G(undefended) − G0); NaN unless the denominator is positive."""
-    return _ratio(attacked - outside, undefended - outside)
-
-
-def _ratio(left: float, benefit: float) -> float:
-    return 1 - left / benefit if benefit > 0 else math.nan
 
 
 def _estimate(value: float, left: Floats, benefit: Floats) -> Estimate:
@@ -181,38 +177,39 @@ def ratio_protection(
 ) -> Estimate:
     """Protection of one cell from ``Cell.correct``, with its 95 % paired bootstrap interval.
 
-    Deterministic. NaN where the undefended merge has no benefit over the outside option; the
-    interval alone is NaN where more than 5 % of the resamples have none.
+    Deterministic. NaN where merging the undefended expert has no benefit; the interval alone is NaN
+    where more than 5 % of the resamples have none.
     """
     point, drawn = resampled_gains(correct, scope=scope, resamples=resamples, seed=seed)
-    left, benefit = drawn[:, 0] - drawn[:, 2], drawn[:, 1] - drawn[:, 2]
-    return _estimate(protection(*(float(g) for g in point)), left, benefit)
+    gains = Gains(*(float(g) for g in point))
+    value = gains.protection
+    return _estimate(math.nan if value is None else value, *gains.terms(drawn))
 
 
 def aggregate(cells: Iterable[Cell], *, resamples: int = RESAMPLES, seed: int = SEED) -> Aggregate:
-    """Protection over victims and seeds as a ratio of sums.
+    """Protection over victims and seeds as a ratio of sums of ``Gains.terms``.
 
-    1 − Σ(G(attacked) − G0) / Σ(G(undefended) − G0), over cells with status ``ok``: ``no-benefit``
-    cells had nothing to protect, and cells with an error or skipped have no value. NaN where none
-    is left. The interval needs ``correct`` in every cell, and is NaN otherwise.
+    Which cells enter follows from their gains, whatever their status says of them: without a
+    benefit there was nothing to protect, and cells with an error or skipped have no value. NaN
+    where none is left. The interval needs ``correct`` in every cell, and is NaN otherwise.
     """
-    cells = list(cells)
-    entered = [cell for cell in cells if cell.status == "ok" and cell.gain is not None]
-    no_benefit = sum(cell.status == "no-benefit" for cell in cells)
-    value, by_seed = _ratio_of_sums(entered), {}
-    for one in sorted({cell.seed for cell in entered}):
-        by_seed[one] = _ratio_of_sums([cell for cell in entered if cell.seed == one])
-    if not entered or not all(cell.correct for cell in entered):
-        return Aggregate(Estimate(value), by_seed, len(entered), no_benefit)
+    found = [(cell, gains) for cell in cells if (gains := Gains.of(cell)) is not None]
+    entered = [(cell, gains) for cell, gains in found if gains.status == "ok"]
+    value, by_seed = _ratio_of_sums([gains for _, gains in entered]), {}
+    for one in sorted({cell.seed for cell, _ in entered}):
+        by_seed[one] = _ratio_of_sums([gains for cell, gains in entered if cell.seed == one])
+    counts = len(entered), len(found) - len(entered)
+    if not entered or not all(cell.correct for cell, _ in entered):
+        return Aggregate(Estimate(value), by_seed, *counts)
     left, benefit = np.zeros(resamples), np.zeros(resamples)
-    for cell in entered:
+    for cell, gains in entered:
         _, drawn = resampled_gains(cell.correct, scope=cell.testbed, resamples=resamples, seed=seed)
-        left += drawn[:, 0] - drawn[:, 2]
-        benefit += drawn[:, 1] - drawn[:, 2]
-    return Aggregate(_estimate(value, left, benefit), by_seed, len(entered), no_benefit)
+        more = gains.terms(drawn)
+        left += more[0]
+        benefit += more[1]
+    return Aggregate(_estimate(value, left, benefit), by_seed, *counts)
 
 
-def _ratio_of_sums(cells: Sequence[Cell]) -> float:
-    left = sum((c.gain or 0.0) - (c.gain_outside or 0.0) for c in cells)
-    benefit = sum((c.gain_undefended or 0.0) - (c.gain_outside or 0.0) for c in cells)
-    return _ratio(left, benefit)
+def _ratio_of_sums(several: Sequence[Gains]) -> float:
+    terms = [gains.terms() for gains in several]
+    return ratio(float(sum(left for left, _ in terms)), float(sum(most for _, most in terms)))

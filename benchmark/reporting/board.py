@@ -7,27 +7,30 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmark.core.records import SCHEMA_VERSION, Status
+from benchmark.evaluation.thresholds import BROKEN, HOLDS, UTILITY_GATE
 from benchmark.reporting.published import PublishedLine
 
 Tier = Literal["weights", "unlabeled", "labeled"]
 TIERS: tuple[Tier, ...] = ("weights", "unlabeled", "labeled")
 Role = Literal["method", "control", "reference"]
-Standing = Literal["ranked", "below-gate", "unranked", "control", "reference"]
+Standing = Literal["ranked", "below-gate", "two-faced", "unranked", "control", "reference"]
+#: Rankings that are not compared: weights in the base's own architecture, and releases whose users
+#: run other modules than mergers see.
+Track = Literal["weights", "modules"]
+TRACKS: tuple[Track, ...] = ("weights", "modules")
 
+#: In the order of the table.
 STANDINGS: dict[Standing, str] = {
     "ranked": "ranked",
     "below-gate": "fails utility gate",
+    "two-faced": "two-faced",
     "unranked": "no rank",
     "control": "control",
     "reference": "reference",
 }
 
-GATE = 1.5  # points of standalone accuracy a defense may cost its owner
-HOLDS = 0.9  # from here on a defense is said to hold
-BROKEN = 0.5  # below this protection a defense counts as broken
-EXACT = 1e-4  # relative |Δlogit| within which a release computes the expert's function
-WEAK_BEATS_STRONG = 0.05  # so much less protection left by less access earns a flag
-SEEDS_DIFFER = 0.2  # spread of protection between seeds that earns a flag
+#: Points of standalone accuracy that a defense may cost its owner.
+GATE = float(100 * UTILITY_GATE)
 
 
 class Entry(BaseModel):
@@ -36,6 +39,7 @@ class Entry(BaseModel):
     ``protection`` is the raw ratio of sums; None unless ``status`` is ``ok``. One cell with an
     error makes the whole entry ``error``. ``reasons`` says why it is not ``ok``. ``winners``: in
     how many cells each attack of an ensemble was the one that validation picked.
+    ``one_coefficient``: its merger searches none and gives all members one.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -46,6 +50,7 @@ class Entry(BaseModel):
     attack: str
     access: Tier
     task_id: bool = False
+    one_coefficient: bool = False
     status: Status = "ok"
     reasons: list[str] = Field(default_factory=list)
     protection: float | None = None
@@ -76,6 +81,21 @@ class Entry(BaseModel):
         """The clipped interval; all of [0, 1] where none could be computed."""
         low, high = self.interval or (0.0, 1.0)
         return clip(low), clip(high)
+
+
+class Robust(Entry):
+    """The entry with the least protection of several.
+
+    ``low``: the least lower end of the interval of any of them, by which is ranked; an entry
+    without an interval has 0. Raw.
+    """
+
+    low: float
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """From ``low`` to the upper end of its own interval, clipped."""
+        return clip(self.low), super().bounds[1]
 
 
 class Break(BaseModel):
@@ -109,28 +129,35 @@ class Use(BaseModel):
 
 
 class Row(BaseModel):
-    """One defense. ``robust[tier]`` is the entry with the least protection at that tier and below.
+    """One defense. ``robust[tier]`` is the least protection over attacks and mergers of that tier
+    and below, for each tier that was run.
 
+    ``as_published``: unattacked, through the first merger that searches no coefficient.
     ``utility`` and ``expert`` are mean standalone accuracies on the victims' tasks; ``drop`` is
-    their difference in points. ``tied`` says that the rank is shared. ``protect_multiple`` is
-    ``protect_seconds`` over what fine-tuning the expert took.
+    their difference in points. ``tied`` says that the rank is shared. ``covered``: the share of the
+    benefit of merging, over all that the suite asks, that lies in cells which this defense neither
+    empties nor leaves out. ``protect_multiple`` is ``protect_seconds`` over what fine-tuning the
+    expert took.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     defense: str
     role: Role = "method"
+    track: Track = "weights"
     standing: Standing = "ranked"
     rank: int | None = None
     tied: bool = False
     reason: str = ""
-    robust: dict[Tier, Entry] = Field(default_factory=dict)
-    robust_task_aware: dict[Tier, Entry] = Field(default_factory=dict)
+    robust: dict[Tier, Robust] = Field(default_factory=dict)
+    robust_task_aware: dict[Tier, Robust] = Field(default_factory=dict)
     unattacked: Entry | None = None
+    as_published: Entry | None = None
     broken_by: Break | None = None
     utility: float | None = None
     expert: float | None = None
     drop: float | None = None
+    covered: float | None = None
     logit_gap: float | None = None
     protect_seconds: float = 0.0
     protect_multiple: float | None = None
@@ -144,6 +171,11 @@ class Row(BaseModel):
             return None
         use = max(self.benign, key=lambda name: self.benign[name].lost)
         return use, self.benign[use].lost
+
+    @property
+    def task_aware(self) -> Robust | None:
+        """The least protection under task-aware mergers, whatever the attacker holds."""
+        return next(reversed(self.robust_task_aware.values()), None)
 
     @property
     def place(self) -> str:

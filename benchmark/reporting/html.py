@@ -7,22 +7,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmark.core.records import Cell
-from benchmark.reporting.board import (
-    BROKEN,
-    EXACT,
-    GATE,
-    HOLDS,
-    STANDINGS,
-    Entry,
-    Leaderboard,
-    band,
-)
+from benchmark.reporting import columns
+from benchmark.reporting.board import TRACKS, Entry, Leaderboard
 from benchmark.reporting.costs import Curve, break_curves
+from benchmark.reporting.shown import MARKS, percent, score
 from benchmark.reporting.summary import (
     accuracy_lines,
     attacks_of,
@@ -43,26 +35,30 @@ def page(
     run_dir: Path,
 ) -> str:
     """The whole page. ``plots`` maps captions to PNG files; ``run`` is the content of run.json."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from benchmark.evaluation.flags import FLAGS
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("benchmark.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, two=two)
-    template = resources.files("benchmark.reporting") / "templates" / "report.html.j2"
+    environment.globals.update(MARKS=MARKS, score=score)
     order = [row.defense for row in board.rows]
     suite = dict(run.get("suite") or {})
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return environment.get_template("report.html.j2").render(
         title=str(suite.get("name") or run_dir.name),
         suite=suite,
         run=run,
         facts=_facts(run, cells),
         board=board,
-        tiers=board.tiers(),
-        task_aware=any(row.robust_task_aware for row in board.rows),
-        standings=STANDINGS,
+        columns=columns.of_view("page", board),
+        tracks={track: [row for row in board.rows if row.track == track] for track in TRACKS},
+        terms=columns.TERMS,
         verdict=verdict,
         matrices=[_matrix(board, cells, *key) for key in _places(board)],
         breaking=[table for x in ("per_class", "flops") if (table := _breaking(board, x))],
@@ -76,15 +72,7 @@ def page(
         flags={name: FLAGS[name] for name in sorted(_flags(board)) if name in FLAGS},
         commands=commands(run, run_dir),
         suite_toml=suite_toml(suite),
-        band=band,
-        mark={"holds": "✓", "partly": "~", "broken": "✗"},
-        limits={"holds": HOLDS, "broken": BROKEN, "gate": GATE, "exact": EXACT},
     )
-
-
-def percent(value: float | None) -> str:
-    """A share for people, in %."""
-    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def two(value: float | None) -> str:

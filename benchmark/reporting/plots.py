@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.core.paths import replacing
 from benchmark.core.records import Cell
-from benchmark.reporting.board import BROKEN, GATE, Entry, Leaderboard, Tier
+from benchmark.evaluation.thresholds import BROKEN
+from benchmark.reporting.board import GATE, Entry, Leaderboard, Tier
 from benchmark.reporting.costs import Curve, break_curves
 from benchmark.reporting.summary import FixedLine, attacks_of, fixed_lines, scope
 
@@ -153,7 +154,7 @@ def utility(board: Leaderboard) -> Figure:
             x, y = row.drop, entry.shown
             while any(abs(x - other) < 0.9 * step for other in taken):
                 x += step  # exact methods lose nothing: side by side, not on top of each other
-            if row.drop <= GATE:
+            if "utility-gate" not in row.flags:
                 x = min(x, GATE - step / 2)  # but never across the line
             taken.append(x)
             label = row.defense + ("" if row.role == "method" else f" ({row.role})")
@@ -167,7 +168,7 @@ def utility(board: Leaderboard) -> Figure:
             )  # fmt: skip
     axes.axvline(GATE, color="grey", linestyle="--", linewidth=1)
     where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-    gate = f"utility gate\n{GATE} points"
+    gate = f"utility gate\n{GATE:g} points"
     axes.annotate(gate, (GATE, 0.99), xytext=(4, 0), fontsize=7, va="top", **where)
     axes.set_xlabel(
         "points of accuracy the release loses against the expert\n"

@@ -1,41 +1,47 @@
 """From cells to ranks.
 
 Robust protection at a tier is the least protection over all attacks (``none`` among them) and all
-mergers of that tier and below, on every testbed of the run; task-aware mergers are kept apart. As
-a minimum over noisy numbers it errs on the attacker's side, and its interval is that of the entry
-which attained it. Methods are ranked by it at the weights tier, then at the labeled tier.
+mergers of that tier and below, on every testbed of the run; task-aware mergers are kept apart. Its
+lower end is the least lower end of any of their intervals, and by that methods are ranked, at the
+weights tier and then at the higher ones: a wide interval never helps. Weights and releases with
+modules of their own are ranked apart.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell, Status
+from benchmark.evaluation import flags, thresholds, utility
+from benchmark.evaluation.flags import UNDEFENDED
 from benchmark.evaluation.statistics import Aggregate, aggregate
-from benchmark.reporting import costs
+from benchmark.evaluation.thresholds import BROKEN, SEEDS_DIFFER, WEAK_BEATS_STRONG
+from benchmark.reporting import costs, standing
 from benchmark.reporting.board import (
-    BROKEN,
-    EXACT,
-    GATE,
-    SEEDS_DIFFER,
+    STANDINGS,
     TIERS,
-    WEAK_BEATS_STRONG,
+    TRACKS,
     Break,
     Entry,
     Leaderboard,
+    Robust,
     Row,
     Tier,
+    clip,
 )
+from benchmark.reporting.standing import Place
 
 if TYPE_CHECKING:
     from benchmark.api.contracts import Card
 
-UNATTACKED = UNDEFENDED = "none"
-_ORDER = {"ranked": 0, "below-gate": 1, "unranked": 2, "control": 3, "reference": 4}
+UNATTACKED = "none"
+#: Flags of a cell that are not those of its row: a mean decides, or they are an attack's.
+_OF_CELLS_ONLY = {"utility-gate", "destructive-attack"}
 
 
 def card_of(spec: str) -> Card:
@@ -66,20 +72,31 @@ def rank(cells: Iterable[Cell], cards: Callable[[str], Card] = card_of) -> Leade
         by_defense[cell.defense].append(cell)
     matrix = _matrix(cells)
     known = {spec: cards(spec) for spec in by_defense}
-    asked = {_place(c) for c in cells if known[c.defense].role == "method"}
+    methods = {spec: of for spec, of in by_defense.items() if known[spec].role == "method"}
+    wanted = standing.asked(cells, methods)
     rows = [
-        _row(spec, own, [e for e in matrix if e.defense == spec], known[spec], asked)
+        _row(
+            spec,
+            own,
+            [e for e in matrix if e.defense == spec],
+            known[spec],
+            wanted[standing.track_of(own)],
+        )
         for spec, own in by_defense.items()
     ]
-    _give_ranks([row for row in rows if row.standing == "ranked"])
-    rows.sort(key=lambda row: (_ORDER[row.standing], row.rank or 0, _strength(row)))
+    for track in TRACKS:
+        give_ranks([row for row in rows if row.standing == "ranked" and row.track == track])
+    order = list(STANDINGS)
+    rows.sort(
+        key=lambda row: (
+            TRACKS.index(row.track),
+            order.index(row.standing),
+            row.rank or 0,
+            [-low for low in lows(row)],
+            row.defense,
+        )
+    )
     return Leaderboard(rows=rows, matrix=matrix, attack_flags=_attack_flags(cells, matrix))
-
-
-def _place(cell: Cell) -> tuple[object, ...]:
-    """Where a cell stands in the suite, whatever the defense."""
-    partners = tuple(cell.partners)
-    return cell.testbed, cell.victim, partners, cell.seed, cell.attack, cell.merger
 
 
 def _matrix(cells: Sequence[Cell]) -> list[Entry]:
@@ -101,6 +118,7 @@ def _entry(cells: Sequence[Cell]) -> Entry:
         attack=first.attack,
         access=max((c.access for c in cells), key=TIERS.index),
         task_id=any(c.task_id for c in cells),
+        one_coefficient=all(c.one_coefficient for c in cells),
         status=status,
         reasons=sorted({c.reason for c in cells if c.reason and c.status == status != "ok"}),
         protection=value,
@@ -130,56 +148,53 @@ def _row(
     cells: Sequence[Cell],
     entries: Sequence[Entry],
     card: Card,
-    asked: set[tuple[object, ...]],
+    wanted: Mapping[Place, float],
 ) -> Row:
     valid = [entry for entry in entries if entry.status == "ok"]
+    plain = [entry for entry in valid if not entry.task_id]
     seconds, multiple = costs.of_protecting(cells)
     row = Row(
         defense=spec,
         role=card.role,
-        robust=_robust([entry for entry in valid if not entry.task_id]),
-        robust_task_aware=_robust([entry for entry in valid if entry.task_id]),
-        unattacked=_least([e for e in valid if e.attack == UNATTACKED and not e.task_id]),
+        track=standing.track_of(cells),
+        robust=_robust([entry for entry in entries if not entry.task_id]),
+        robust_task_aware=_robust([entry for entry in entries if entry.task_id]),
+        unattacked=_least([entry for entry in plain if entry.attack == UNATTACKED]),
+        as_published=_as_published(plain),
         broken_by=_break(valid),
+        covered=standing.covered(cells, wanted),
         logit_gap=max((c.logit_gap for c in cells if c.logit_gap is not None), default=None),
         protect_seconds=seconds,
         protect_multiple=multiple,
         benign=costs.of_honest_use(cells),
     )
     _set_utility(row, cells)
-    row.flags = _flags(row, cells, entries, card)
-    missing = len(asked - {_place(cell) for cell in cells})
-    failed = [f"{e.attack} × {e.merger} on {e.testbed}" for e in entries if e.status == "error"]
-    if card.role != "method":
-        row.standing = card.role
-    elif failed:
-        row.standing, row.reason = "unranked", f"error in {_some(failed)}"
-    elif missing:
-        row.standing, row.reason = "unranked", f"{missing} of {len(asked)} cells are missing"
-    elif not row.robust:
-        row.standing, row.reason = "unranked", "no cell in which merging had a benefit"
-    elif "utility-gate" in row.flags:
-        row.standing = "below-gate"
-        row.reason = f"fails the utility gate: {row.drop:.1f} points lost, {GATE} allowed"
+    row.flags = _flags(cells, entries, card)
+    row.standing, row.reason = standing.judge(row, cells, entries, card, wanted)
     return row
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def _least(entries: Iterable[Entry]) -> Entry | None:
     return min(entries, key=lambda e: e.protection or 0.0, default=None)
 
 
-def _robust(entries: Sequence[Entry]) -> dict[Tier, Entry]:
+def _robust(entries: Sequence[Entry]) -> dict[Tier, Robust]:
+    """By tier that was run: never a number where no attack and no merger used such access."""
+    run = {entry.access for entry in entries if entry.status != "skipped"}
     found = {}
     for level, tier in enumerate(TIERS):
-        least = _least([e for e in entries if TIERS.index(e.access) <= level])
-        if least is not None:
-            found[tier] = least
+        within = [e for e in entries if e.status == "ok" and TIERS.index(e.access) <= level]
+        least = _least(within)
+        if tier in run and least is not None:
+            low = min(entry.interval[0] if entry.interval else 0.0 for entry in within)
+            found[tier] = Robust(**least.model_dump(), low=low)
     return found
+
+
+def _as_published(entries: Sequence[Entry]) -> Entry | None:
+    """Unattacked, through the run's first merger with one coefficient for all."""
+    fitting = [e for e in entries if e.attack == UNATTACKED and e.one_coefficient]
+    return _least([entry for entry in fitting if entry.merger == fitting[0].merger])
 
 
 def _break(entries: Iterable[Entry]) -> Break | None:
@@ -200,46 +215,38 @@ def _break(entries: Iterable[Entry]) -> Break | None:
 
 def _set_utility(row: Row, cells: Iterable[Cell]) -> None:
     """Means over (testbed, victim, seed) of the released model and of the expert, on the victim."""
-    found: dict[tuple[str, str, int], tuple[float, float]] = {}
-    for cell in cells:
-        if cell.utility is not None and cell.victim in cell.expert_accuracy:
-            where = cell.testbed, cell.victim, cell.seed
-            found[where] = cell.utility, cell.expert_accuracy[cell.victim]
-    if found:
-        released, expert = zip(*found.values(), strict=True)
-        row.utility = sum(released) / len(released)
-        row.expert = sum(expert) / len(expert)
-        row.drop = 100 * (row.expert - row.utility)
+    counts = standing.utilities(cells).values()
+    if counts:
+        row.utility = sum(released / n for _, released, n in counts) / len(counts)
+        row.expert = sum(expert / n for expert, _, n in counts) / len(counts)
+        row.drop = float(100 * thresholds.lost(counts))
 
 
-def _flags(row: Row, cells: Sequence[Cell], entries: Sequence[Entry], card: Card) -> list[str]:
-    """The cells' own flags, and those that only show when cells are put together."""
-    flags = {flag for cell in cells for flag in cell.flags if flag != "destructive-attack"}
-    if row.drop is not None and round(row.drop, 9) > GATE:
-        flags.add("utility-gate")
-    if card.exact and row.logit_gap is not None and not row.logit_gap <= EXACT:
-        flags.add("not-equivalent")
-    if any(cell.status == "no-benefit" for cell in cells):
-        flags.add("no-benefit")
+def _flags(cells: Sequence[Cell], entries: Sequence[Entry], card: Card) -> list[str]:
+    """Of cells, as stated and as their figures raise them, and those of cells put together."""
+    found = {flag for cell in cells for flag in cell.flags}
+    found |= {flag for cell in cells for flag in flags.of_cell(cell, card, growth=math.nan)}
+    found -= _OF_CELLS_ONLY
+    if not thresholds.within_gate(standing.utilities(cells).values()):
+        found.add("utility-gate")
     for entry in entries:
         values = entry.by_seed.values()
         if values and max(values) - min(values) > SEEDS_DIFFER:
-            flags.add("seed-dependent")
-    return sorted(flags)
+            found.add("seed-dependent")
+    return sorted(found)
 
 
 def _attack_flags(cells: Iterable[Cell], matrix: Iterable[Entry]) -> dict[str, list[str]]:
     """``destructive-attack``: it damages the undefended expert, on which it has nothing to undo.
     ``weak-attack-beats-strong``: one with less access leaves less protection somewhere."""
-    drops: dict[str, list[float]] = defaultdict(list)
+    counts: dict[str, list[thresholds.Counts]] = defaultdict(list)
     for cell in cells:
-        expert = cell.expert_accuracy.get(cell.victim)
-        if cell.defense == UNDEFENDED and cell.standalone is not None and expert is not None:
-            drops[cell.attack].append(100 * (expert - cell.standalone))
-    flags: dict[str, set[str]] = defaultdict(set)
-    for attack, values in drops.items():
-        if round(sum(values) / len(values), 9) > GATE:
-            flags[attack].add("destructive-attack")
+        if cell.defense == UNDEFENDED and (found := utility.of_attack(cell)):
+            counts[cell.attack].append(found)
+    raised: dict[str, set[str]] = defaultdict(set)
+    for attack, several in counts.items():
+        if not thresholds.within_gate(several):
+            raised[attack].add("destructive-attack")
     groups: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
     for entry in matrix:
         if entry.status == "ok" and entry.defense != UNDEFENDED:
@@ -248,39 +255,23 @@ def _attack_flags(cells: Iterable[Cell], matrix: Iterable[Entry]) -> dict[str, l
         for strong in group:
             less = [e.shown for e in group if TIERS.index(e.access) < TIERS.index(strong.access)]
             if less and min(less) < strong.shown - WEAK_BEATS_STRONG:
-                flags[strong.attack].add("weak-attack-beats-strong")
-    return {attack: sorted(found) for attack, found in sorted(flags.items())}
+                raised[strong.attack].add("weak-attack-beats-strong")
+    return {attack: sorted(names) for attack, names in sorted(raised.items())}
 
 
-def _strength(row: Row) -> tuple[float, float, str]:
-    """Sort key: most protection first."""
-    values = [row.robust[t].shown if t in row.robust else -1.0 for t in ("weights", "labeled")]
-    return -values[0], -values[1], row.defense
+def lows(row: Row) -> list[float]:
+    """What is ranked by: the lower end of robust protection at each tier, least access first.
+
+    Clipped and to two decimals, as displayed; a tier that was not run counts as nothing.
+    """
+    return [round(clip(row.robust[t].low), 2) if t in row.robust else -1.0 for t in TIERS]
 
 
-def _groups(rows: Sequence[Row], tier: Tier) -> list[list[Row]]:
-    """Runs of rows whose interval overlaps that of the best of the run (clipped, as displayed)."""
-    ordered = sorted(rows, key=lambda r: -r.robust[tier].shown if tier in r.robust else 1.0)
-    groups: list[list[Row]] = []
-    for row in ordered:
-        if groups and _overlap(groups[-1][0].robust.get(tier), row.robust.get(tier)):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
-
-
-def _overlap(best: Entry | None, other: Entry | None) -> bool:
-    if best is None or other is None:
-        return best is other
-    return other.bounds[1] >= best.bounds[0]
-
-
-def _give_ranks(rows: Sequence[Row]) -> None:
-    """Ranks 1, 2=, 2=, 4: a tie at the weights tier is decided at the labeled one, or stays."""
+def give_ranks(rows: Sequence[Row]) -> None:
+    """Ranks 1, 2=, 2=, 4. What is equal at the weights tier is decided at the higher ones."""
     position = 1
-    for at_weights in _groups(rows, "weights"):
-        for group in _groups(at_weights, "labeled"):
-            for row in group:
-                row.rank, row.tied = position, len(group) > 1
-            position += len(group)
+    for _, group in groupby(sorted(rows, key=lows, reverse=True), key=lows):
+        equal = list(group)
+        for row in equal:
+            row.rank, row.tied = position, len(equal) > 1
+        position += len(equal)

@@ -5,22 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from benchmark.core.records import Cell
-from benchmark.reporting.board import (
-    BROKEN,
-    GATE,
-    HOLDS,
-    STANDINGS,
-    Entry,
-    Leaderboard,
-    Row,
-    band,
-)
+from benchmark.evaluation.thresholds import BROKEN, HOLDS
+from benchmark.reporting import columns
+from benchmark.reporting.board import TRACKS, Leaderboard, Row, Track
 from benchmark.reporting.published import PublishedLine
+from benchmark.reporting.shown import MARKS, Shown, score
 from benchmark.reporting.summary import TaskLine, attacks_of, scope, task_lines, verdict
 
 LEGEND = (
@@ -28,14 +22,18 @@ LEGEND = (
     "below it, the 95 % interval"
 )
 # Blue against yellow and red, with a mark beside the colour: readable without seeing colours.
-_STYLE = {"holds": "bold blue", "partly": "yellow", "broken": "bold red"}
-_MARK = {"holds": "✓", "partly": "~", "broken": "✗"}
+_STYLE = {"holds": "bold blue", "partly": "yellow", "broken": "bold red", "error": "bold magenta",
+          "skipped": "dim", "no-benefit": "dim", "dim": "dim", "late": "bold red"}  # fmt: skip
 _MOST_ERRORS = 8
+_TITLES: dict[Track, str] = {
+    "weights": "Ranking by robust protection: the lower end of the least, all attacks and mergers",
+    "modules": "Ranking of releases whose users run other modules than mergers see",
+}
 
 
-def short_interval(entry: Entry) -> str:
+def _interval(bounds: Sequence[float]) -> str:
     """``.93–1``: no leading zeros, so that a matrix of intervals fits 80 columns."""
-    return "–" if entry.interval is None else "–".join(_short(value) for value in entry.bounds)
+    return "–".join(_short(value) for value in bounds) or "–"
 
 
 def _short(value: float) -> str:
@@ -43,17 +41,14 @@ def _short(value: float) -> str:
     return {"0.00": "0", "1.00": "1"}.get(text, text.removeprefix("0"))
 
 
-def protection_text(entry: Entry | None, *more: str) -> Text:
-    """``0.97 ✓`` and its interval, below it or (with ``more`` lines) beside it; else the status."""
-    if entry is None:
-        return Text("·", "dim")
-    if entry.status != "ok":
-        style = "bold magenta" if entry.status == "error" else "dim"
-        return Text(entry.status.replace("no-benefit", "no-\nbenefit"), style)
-    kind = band(entry.shown)
-    text = Text(f"{entry.shown:.2f} {_MARK[kind]}", _STYLE[kind])
-    text.append(f"{' ' if more else chr(10)}{short_interval(entry)}", "dim not bold")
-    for line in more:
+def shown_text(shown: Shown) -> Text:
+    """``0.97 ✓`` with its interval, below it or (where more follows) beside it, then the rest."""
+    mark = f" {MARKS[shown.kind]}" if shown.scored else ""
+    words = shown.text.replace("no-benefit", "no-\nbenefit") + mark
+    text = Text(words, _STYLE.get(shown.kind, ""))
+    if shown.bounds is not None:
+        text.append(f"{' ' if shown.below else chr(10)}{_interval(shown.bounds)}", "dim not bold")
+    for line in shown.below:
         text.append(f"\n{line}", "dim not bold")
     return text
 
@@ -125,75 +120,39 @@ def matrices(board: Leaderboard, cells: Sequence[Cell], width: int) -> list[Rend
                     _header("\n".join(_pieces(attack)), attacks[attack]), overflow="fold"
                 )
             for name in rows:
-                found = [protection_text(at.get((name, attack))) for attack in block]
+                found = [shown_text(score(at.get((name, attack)), missing="·")) for attack in block]
                 table.add_row(Text(_fold(name, first)), *found)
             parts.append(table)
     return parts
 
 
-def _name(row: Row, width: int) -> Text:
-    text = Text(_fold(row.defense, width), "bold" if row.standing == "ranked" else "")
-    if row.standing != "ranked":
-        text.append(f"\n({STANDINGS[row.standing]})", "dim not bold")
-    return text
-
-
-def ranking_table(board: Leaderboard, width: int = 80) -> Table:
+def ranking_table(board: Leaderboard, rows: Sequence[Row], width: int = 80) -> Table:
     """Ranked methods, then those below the line, then what stands outside the ranking."""
     table = _table(spaced=True)
-    several = len({entry.merger for entry in board.matrix}) > 1
-    aware = any(row.robust_task_aware for row in board.rows)
-    table.add_column(_header("#"), no_wrap=True)
     first = max(16, width // 5)
-    table.add_column(_header("defense"), max_width=first, overflow="fold")
-    table.add_column(_header("without\nattack"), no_wrap=True)
-    for tier in board.tiers():
-        table.add_column(_header(f"robust, attacker has\n{HOLDINGS[tier]}"), overflow="fold")
-    if aware:
-        table.add_column(_header("robust\ntask-aware"), overflow="fold")
-    table.add_column(_header("points\nlost"), justify="right", no_wrap=True)
-    taxed = any(row.benign for row in board.rows)
-    if taxed:
-        table.add_column(_header("benign\ntax"), justify="right", overflow="fold")
-    table.add_column(_header("cost"), justify="right", no_wrap=True)
-    for row in board.rows:
-        found = [row.robust.get(tier) for tier in board.tiers()]
-        if aware:
-            found.append(row.robust_task_aware.get("labeled"))
-        worst = [protection_text(e, *(_attained(e, several) if e else ())) for e in found]
-        late = row.drop is not None and row.drop > GATE
-        lost = Text("·" if row.drop is None else f"{row.drop:.1f}", "bold red" if late else "")
-        costs = [lost, *([_tax(row)] if taxed else []), _cost(row)]
-        table.add_row(row.place, _name(row, first), protection_text(row.unattacked), *worst, *costs)
+    shown = columns.of_view("console", board)
+    for column in shown:
+        if column.name == "defense":
+            table.add_column(_header(column.short), max_width=first, overflow="fold")
+        else:
+            justify: JustifyMethod = "right" if column.number else "left"
+            narrow = not column.access and column.name != "tax"
+            table.add_column(
+                _header(column.short), justify=justify, no_wrap=narrow, overflow="fold"
+            )
+    for row in rows:
+        table.add_row(*(_cell(column, row, first) for column in shown))
     return table
 
 
-def _tax(row: Row) -> Text:
-    """Points, and after which use."""
-    if row.tax is None:
-        return Text("·")
-    use, points = row.tax
-    text = Text(f"{points:.1f}", "bold red" if points > GATE else "")
-    if round(points, 1) > 0:
-        text.append("\n" + "-\n".join(use.split("-")), "dim not bold")
+def _cell(column: columns.Column, row: Row, width: int) -> Text:
+    shown = column.show(row)
+    if column.name != "defense":
+        return shown_text(shown)
+    text = Text(_fold(shown.text, width), "bold" if row.standing == "ranked" else "")
+    for line in shown.below:
+        text.append(f"\n({line})", "dim not bold")
     return text
-
-
-def _cost(row: Row) -> Text:
-    """Seconds of protecting, and the multiple of fine-tuning below."""
-    seconds, multiple = row.protect_seconds, row.protect_multiple
-    text = Text("<0.1 s" if seconds < 0.1 else f"{seconds:.1f} s")
-    if multiple is not None:
-        text.append("\n<0.01×" if multiple < 0.01 else f"\n{multiple:.2f}×", "dim not bold")
-    return text
-
-
-HOLDINGS = {"weights": "weights only", "unlabeled": "+ unlabeled data", "labeled": "+ labeled data"}
-
-
-def _attained(entry: Entry, several: bool) -> list[str]:
-    """Which attack and merger left so little."""
-    return [entry.attacker, *([f"({entry.merger})"] if several else [])]
 
 
 def notes(board: Leaderboard) -> list[Text]:
@@ -266,7 +225,7 @@ def _key() -> Text:
     names = {"holds": f"holds (≥ {HOLDS})", "partly": "partly", "broken": f"broken (< {BROKEN})"}
     text = Text()
     for kind, name in names.items():
-        text.append(f"{_MARK[kind]} {name}   ", _STYLE[kind])
+        text.append(f"{MARKS[kind]} {name}   ", _STYLE[kind])
     return text
 
 
@@ -282,8 +241,10 @@ def render(cells: Iterable[Cell], board: Leaderboard, width: int = 80) -> Render
         parts += [Text("Test accuracy without any defense, %", "bold"), task_table(lines)]
     parts += matrices(board, cells, width)
     parts += [Text(LEGEND, "dim"), _key(), ""]
-    title = "Ranking by robust protection: the least over all attacks and mergers"
-    parts += [Text(title, "bold"), ranking_table(board, width), *notes(board)]
+    for track in TRACKS:
+        if rows := [row for row in board.rows if row.track == track]:
+            parts += [Text(_TITLES[track], "bold"), ranking_table(board, rows, width)]
+    parts += notes(board)
     if board.published:
         title = "The papers' figures beside ours, at the same shared coefficient"
         parts += ["", Text(title, "bold"), published_table(board.published)]
