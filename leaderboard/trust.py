@@ -7,40 +7,17 @@ UnmergeBench's own distribution, or if the user named the same spec.
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cache
 from typing import Any
 
 from benchmark.api import methods
 from benchmark.api.contracts import Attack, Defense, Merger, Testbed
 from benchmark.api.methods import Named
 from benchmark.api.registry import Registry
-from benchmark.api.specs import parse, split_composite
 from benchmark.core.errors import UsageError
-
-_OWN = "unmergebench"
 
 
 class Untrusted(UsageError):
     """A spec that is somebody's own code."""
-
-
-def builtin(registry: Registry[Any], spec: str) -> bool:
-    """Whether all parts of ``spec`` ship with UnmergeBench. Imports nothing."""
-    try:
-        names = [parse(part)[0] for part in split_composite(spec)]
-    except (UsageError, RecursionError, MemoryError):
-        return False
-    return set(names) <= _shipped(registry)
-
-
-@cache
-def _shipped(registry: Registry[Any]) -> frozenset[str]:
-    """Names from UnmergeBench's own distribution. Cached: each look at it parses its metadata."""
-    return frozenset(
-        name
-        for name, point in registry.entries.items()
-        if point.dist is None or point.dist.name == _OWN
-    )
 
 
 def defense(spec: str, trusted: Collection[str] = ()) -> Named[Defense]:
@@ -76,7 +53,7 @@ testbed.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever p
 
 
 def _admit(registry: Registry[Any], spec: str, trusted: Collection[str] = ()) -> None:
-    if spec not in trusted and not builtin(registry, spec):
+    if spec not in trusted and not registry.ships(spec):
         raise Untrusted(
             f"{registry.singular} {spec[:200]!r} does not ship with UnmergeBench; it was not run"
         )
