@@ -17,7 +17,7 @@ from benchmark.core.errors import UnmergeBenchError, UsageError
 from benchmark.core.paths import write_text
 from benchmark.core.records import Cell
 from benchmark.pipeline import suite as suites
-from benchmark.pipeline.fingerprint import sha
+from benchmark.pipeline.identity import sha
 from benchmark.pipeline.suite import Suite
 from benchmark.pipeline.workbench import method_key
 from leaderboard import checks, folder, trust

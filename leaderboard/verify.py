@@ -78,7 +78,7 @@ def verify(
 
 def _source(entry: Entry, verdict: Verdict, trusted: Collection[str]) -> bool:
     """Compare card and source with those of the defense here; whether there is one to run."""
-    from benchmark.pipeline.fingerprint import sha
+    from benchmark.pipeline.identity import sha
     from benchmark.pipeline.workbench import method_key
 
     spec = entry.defense.spec

@@ -94,11 +94,12 @@ class CellMaker:
         expert = bench.expert(at.group.victim)
         released = bench.released(at.defense, at.group.victim, at.seed)
         shipped = bench.shipped(at.defense, at.group.victim, at.seed)
+        facts = released.facts
+        cell.notes = dict(facts["notes"])
         cell.sha256 = Hashes(
-            base=bench.base.sha256, expert=expert.sha256, released=released.sha256
+            base=bench.base.sha256, expert=expert.sha256, released=facts["released"]
         )
         cell.qk_gauge = bench.anatomy.qk_gauge
-        cell.notes = dict(released.facts["notes"])
         solved = self.attackers.solve(at)
         recovered = bench.recovered(at.under(solved.attack))
         cell.ensemble = solved.report

@@ -71,8 +71,8 @@ def method(of: Any, search: bool = True) -> list[Any]:
 
     With ``search=False`` without the fields that only say which settings are tried.
     """
-    if hasattr(of, "identity"):  # a method that runs elsewhere knows its own
-        return list(of.identity)
+    if hasattr(of, "identity"):  # a method that runs in a process of its own
+        return [of.spec, of.identity]
     if hasattr(of, "parts"):
         return [type(of).__qualname__, [method(part, search) for part in of.parts]]
     key = [*draws(of, search), source_hash(type(of).__module__)]

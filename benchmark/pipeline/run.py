@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from benchmark.core.errors import UnmergeBenchError, UsageError
 from benchmark.core.paths import cache, replacing, write_text
 from benchmark.core.records import SCHEMA_VERSION, Cell
-from benchmark.pipeline import identity
+from benchmark.pipeline import apart, identity
 from benchmark.pipeline.plan import Plan, Planned
 from benchmark.pipeline.store import Store
 
@@ -123,6 +123,7 @@ def _execute(
                 file.write(cell.model_dump_json() + "\n")
             progress(done + 1, len(plan.cells), cell)
     finally:
+        apart.close()
         store.close()
     cells = [known[planned.key] for planned in plan.cells]
     _write_cells(path, cells)

@@ -80,9 +80,7 @@ class Workbench:
         self.store.memory = max(8, min(32, int(MEMORY // size)))
         self.guard.watch("the base", state)
         node = Node(self.key, lambda report: Members(state, state, ()), self.store, state)
-        sha256 = digest(state)
-        node.facts = {**vars(Report()), "base": sha256, "released": sha256, "foreign": False}
-        return node
+        return node.known(digest(state))
 
     def expert(self, task: str) -> Node:
         """Trained once per testbed and task, kept on disk; or the testbed's published one.

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmark.core.errors import UnmergeBenchError
-from benchmark.pipeline.fingerprint import sha
+from benchmark.pipeline.identity import sha
 from benchmark.reporting.board import Leaderboard, Row, Tier
 from leaderboard import folder
 from leaderboard.certificates import best_known
