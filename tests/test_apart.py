@@ -24,7 +24,15 @@ from benchmark.api.contracts import Arena, Card, Testbed, Victim
 from benchmark.api.registry import Registry
 from benchmark.core.errors import AccessError, CheckpointError, MethodError, UsageError
 from benchmark.core.paths import cache
-from benchmark.core.state import ForeignState, State, compatible, digest, forward_of, rounded
+from benchmark.core.state import (
+    ForeignState,
+    State,
+    compatible,
+    digest,
+    forward_of,
+    rounded,
+    to_device,
+)
 from benchmark.evaluation.accuracy import Evaluator
 from benchmark.learn.training import fine_tune
 from benchmark.pipeline import apart
@@ -617,6 +625,35 @@ def test_a_packaged_model_travels_without_its_files(
         "input_ids": ids, "attention_mask": ids, "pixel_values": torch.rand(2, channels, side, side)
     }  # fmt: skip
     assert arena.features(state, inputs).isfinite().all()
+
+
+def test_a_testbed_from_a_file_is_found_by_it(method: Apart, tell: Tell, tmp_path: Path) -> None:
+    (tmp_path / "bed.py").write_text(
+        "from dataclasses import dataclass\nfrom plane import Plane\n"
+        "@dataclass(frozen=True)\nclass Bed(Plane):\n    pass\n"
+    )
+    tell("moved")
+    bed = methods.testbed(f"{tmp_path}/bed.py:Bed").method
+    assert digest(protect(method, owner(bed), bed)) == digest(protect(method))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_release_lies_where_the_victim_does(method: Apart, tell: Tell, tmp_path: Path) -> None:
+    here = owner()
+    victim = replace(
+        here,
+        base=to_device(here.base, "cuda"),
+        expert=to_device(here.expert, "cuda"),
+        task=here.task.to("cuda"),
+    )
+    for what in ("moved", "drawn", "trained"):
+        tell(what)
+        state = protect(method, victim, resume=lambda number: tmp_path / str(number))
+        assert {value.device.type for value in state.values()} == {"cuda"}
+    tell("plain")
+    shipped = ship(method, victim)
+    assert shipped.forward(shipped, {"x": torch.ones(3, 8, device="cuda")}).device.type == "cuda"
 
 
 def test_a_model_that_does_not_travel_is_an_error(tmp_path: Path) -> None:
