@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from benchmark.api.contracts import Access
 from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell
 from benchmark.pipeline import suite as suites
@@ -18,6 +19,7 @@ from benchmark.pipeline.suite import Suite
 from leaderboard import figures, trust
 from leaderboard.certificates import same_release, without_merit
 from leaderboard.entry import Certificate, Entry, asked_of, measured
+from leaderboard.noise import difference, flips
 
 Place = tuple[str, tuple[str, ...], int, str, str]
 
@@ -111,18 +113,36 @@ def _of_hashes(entry: Entry, cell: Cell) -> Iterator[str]:
 
 
 def _of_sharing(entry: Entry) -> Iterator[str]:
-    """One expert answers one way, and one release has one utility, in all cells."""
+    """One base, expert or release answers one way in all cells; attacks with weights alone leave
+    the outside options as they are."""
     seen: dict[tuple[object, ...], set[object]] = defaultdict(set)
     for cell in filter(measured, entry.cells):
-        for task, text in cell.correct["expert"].items():
-            seen["outcomes of the expert", task].add(text)
+        for who in ("expert", "base"):
+            for task, text in cell.correct[who].items():
+                seen[f"outcomes of the {who}", task].add(text)
         release = cell.victim, cell.seed
-        seen["utility of the release", *release].add(cell.utility)
-        seen["logit_gap of the release", *release].add(cell.logit_gap)
-        seen["bf16_gap of the release", *release].add(cell.bf16_gap)
+        seen["outcomes of the release", *release].add(cell.correct["released"][cell.victim])
+        for name in ("logit_gap", "bf16_gap", "seen", "changes_modules"):
+            seen[f"{name} of the release", *release].add(getattr(cell, name))
+        seen["bf16_gap_expert of the expert", cell.victim].add(cell.bf16_gap_expert)
+        seen["qk_gauge of the testbed", cell.testbed].add(cell.qk_gauge)
+        if _free(cell.attack):
+            group = cell.victim, tuple(cell.partners), cell.seed, cell.merger
+            seen["outside_choice of attacks with weights alone", *group].add(cell.outside_choice)
+            for who in ("outside", "reference"):
+                outcomes = tuple(sorted(cell.correct[who].items()))
+                seen[f"outcomes of {who} of attacks with weights alone", *group].add(outcomes)
     for (what, *where), values in seen.items():
         if len(values) > 1:
             yield f"{what} for {', '.join(map(str, where))} differ between cells"
+
+
+def _free(spec: str) -> bool:
+    """Whether an attack of ours buys nothing: with it a free-rider has the same outside options."""
+    try:
+        return trust.attack(spec).method.access == Access.WEIGHTS
+    except UsageError:
+        return False
 
 
 def _of_cells(entry: Entry, cells: Iterable[Cell]) -> Iterator[str]:
@@ -154,8 +174,26 @@ def _of_certificate(entry: Entry, certificate: Certificate) -> Iterator[str]:
     if certificate.merger != ", ".join(mergers):
         yield "names other mergers than its cells"
     yield from _of_cells(entry, cells)
+    yield from _of_replay(entry, cells)
     if certificate.same_release != same_release(entry, cells):
         yield "same_release does not follow from its hashes"
+
+
+def _of_replay(entry: Entry, cells: Iterable[Cell]) -> Iterator[str]:
+    """Base and experts are the entry's own, made again: they answer as far as machines agree."""
+    own = {
+        (who, task): text
+        for cell in filter(measured, entry.cells)
+        for who in ("expert", "base")
+        for task, text in cell.correct[who].items()
+    }
+    for cell in filter(measured, cells):
+        for (who, task), text in own.items():
+            if task not in cell.correct[who]:
+                continue
+            gap = difference(text, cell.correct[who][task])
+            if not gap.size or abs(gap).sum() > flips(len(gap)):
+                yield f"{words(cell)}: outcomes of the {who} on {task} are not the entry's"
 
 
 def _of_flags(entry: Entry) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from benchmark.reporting.board import TIERS, Row, Standing, Tier
 from leaderboard.entry import json_schema
 from leaderboard.runs import COLUMNS, record
-from leaderboard.site.collect import Listed, Question, question_of
+from leaderboard.site.collect import Listed, Question
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +118,7 @@ def listing(
             invalidated=entry.invalidated,
             defense=listed.spec,
             suite=entry.suite.name,
-            question=question_of(entry)[:12],
+            question=entry.question[:12],
             testbed=entry.subjects.testbed,
             url=f"entries/{listed.place}",
             sha256=listed.sha256,
