@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmark.core.errors import UnmergeBenchError, UsageError
 from benchmark.core.records import Cell
 from benchmark.reporting.board import Leaderboard, Row
+from benchmark.reporting.columns import FIELDS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,34 +98,10 @@ def board(cells: Iterable[Cell], cards: Cards | None = None) -> Leaderboard:
     return rank(cells, cards or card_of)
 
 
-COLUMNS = (
-    "defense", "role", "standing", "rank", "tied", "reason", "unattacked",
-    *(f"{what}_{tier}" for tier in ("weights", "unlabeled", "labeled")
-      for what in ("robust", "low", "high", "attack", "merger")),
-    "break_attack", "break_access", "break_examples", "break_seconds",
-    "utility", "expert", "drop", "logit_gap", "protect_seconds", "flags",
-)  # fmt: skip
+#: Of the table of :mod:`benchmark.reporting.columns`, flat.
+COLUMNS = tuple(field.name for field in FIELDS)
 
 
 def record(row: Row) -> dict[str, Any]:
     """A ranking row as flat values, one per column of ``COLUMNS``."""
-    flat: dict[str, Any] = {
-        name: getattr(row, name)
-        for name in COLUMNS
-        if name in Row.model_fields and name not in ("flags", "unattacked")
-    }
-    flat["flags"] = ", ".join(row.flags)
-    flat["unattacked"] = row.unattacked.protection if row.unattacked else None
-    for tier, entry in row.robust.items():
-        low, high = entry.interval or (None, None)
-        flat |= {
-            f"robust_{tier}": entry.protection,
-            f"low_{tier}": low,
-            f"high_{tier}": high,
-            f"attack_{tier}": entry.attack,
-            f"merger_{tier}": entry.merger,
-        }
-    if row.broken_by:
-        for name in ("attack", "access", "examples", "seconds"):
-            flat[f"break_{name}"] = getattr(row.broken_by, name)
-    return flat
+    return {field.name: field.value(row) for field in FIELDS}

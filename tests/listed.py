@@ -52,7 +52,10 @@ def _cell(
     defense: str, attack: str, merger: str, value: float, n: int, *, task_id: bool = False
 ) -> Cell:
     budget = Spent(examples=16, per_class=4, flops=1e9) if attack in LABELED else Spent()
-    return cell(defense, attack, merger, value, n=n, task_id=task_id, budget=budget)
+    return cell(
+        defense, attack, merger, value, n=n, task_id=task_id, budget=budget,
+        one_coefficient=merger == "ties" and not task_id,
+    )  # fmt: skip
 
 
 def certificate(defense: str = "params", left: float = 0.0) -> Certificate:

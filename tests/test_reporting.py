@@ -17,7 +17,7 @@ from rich.console import Console
 
 from benchmark import reporting
 from benchmark.core.records import Cell
-from benchmark.reporting import html, plots, tables
+from benchmark.reporting import columns, html, plots, tables
 from benchmark.reporting.board import Leaderboard, Robust, Row
 from benchmark.reporting.ranking import give_ranks, rank
 from benchmark.reporting.summary import fixed_lines, task_lines, verdict
@@ -448,6 +448,37 @@ def test_the_page_is_whole_and_fetches_nothing(written: Path) -> None:
                   "packages: torch", "2=", "unmergebench report"):  # fmt: skip
         assert words in page.text
     assert "prefers-color-scheme: dark" in page.text
+
+
+def test_every_column_stands_where_it_says(tmp_path: Path) -> None:
+    """One table of columns: console, page, data. What the site adds is tested there."""
+    uses = {"int8": {"released": 0.8, "expert": 0.9}}
+    cells = [
+        *modules(),
+        cell(attack="none", benign=uses, one_coefficient=True),
+        cell(attack="layer-refit"),
+        cell(attack="finetune-recovery"),
+        cell(merger="emr", task_id=True),
+    ]
+    board = rank(cells, cards)
+    reporting.write(tmp_path, cells, RUN, cards)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = columns.of_view("page", board)
+    assert {c.name for c in shown} == {c.name for c in columns.COLUMNS}
+    for column in shown:
+        assert page.count(f"<th>{column.title}</th>") == 2  # weights, modules
+        assert f"<dt>{column.title}</dt><dd>" in page
+    text = printed(cells, 200)
+    for column in columns.of_view("console", board):
+        assert column.short
+        for words in column.short.split("\n"):
+            assert words in text
+    names = [field.name for field in columns.FIELDS]
+    assert len(names) == len(set(names))
+    one = row(board, "params")
+    flat = {field.name: field.value(one) for field in columns.FIELDS}
+    assert flat["robust_task_aware"] == pytest.approx(0, abs=0.02)
+    assert (flat["tax_use"], flat["as_published_merger"]) == ("int8", "task-arithmetic")
 
 
 def test_every_string_is_escaped(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Protection as the share of merging's benefit that a defense takes away."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,3 +101,37 @@ def test_gain_is_the_mean_of_accuracies_over_the_experts() -> None:
     correct = {"a": np.array([1, 1, 0, 0], bool), "b": np.array([1, 0, 0, 0], bool)}
     expert = {"a": np.array([1, 1, 1, 1], bool), "b": np.array([1, 1, 0, 0], bool)}
     assert gain(correct, expert) == pytest.approx((0.5 + 0.5) / 2)
+
+
+def test_the_example_in_the_docs() -> None:
+    """docs/scoring.md: 200 examples per task, experts with 190 and 180 right."""
+    text = (Path(__file__).parents[1] / "docs" / "scoring.md").read_text(encoding="utf-8")
+
+    def g(victim: int, partner: int) -> float:
+        return (victim / 190 + partner / 180) / 2
+
+    undefended, reference = g(171, 171), g(95, 180)
+    assert (undefended, reference) == (pytest.approx(0.925), pytest.approx(0.75))
+    lock = Gains(g(133, 171), undefended, reference, reference)
+    partly, emptied = g(133, 180), g(158, 180)
+    shown = {
+        lock: "| 133, 171 | 0.825 | 0.750 | 1 − 0.075/0.175 = 0.571 |",
+        Gains(partly, undefended, partly, reference): "0.850 | 0.850, counted as 0.770 | 1 − 0.080"
+        "/0.155 = 0.484 |",
+        Gains(emptied, undefended, emptied, reference): "| 0.916 | 0.916 | 0, emptied |",
+    }
+    for gains_, words in shown.items():
+        assert words in text
+        assert f"{gains_.attacked:.3f} | " in words
+        assert (
+            words.removesuffix(", emptied |")
+            .removesuffix(" |")
+            .endswith(f"{gains_.protection:.3f}" if gains_.protection else "0")
+        )
+    other = Gains(0.4, 0.9, 0.375, 0.375)
+    terms = np.array([lock.terms(), other.terms()]).sum(0)
+    assert f"{ratio(*terms):.3f}" == "0.857"
+    emptied_first = Gains(emptied, undefended, emptied, reference).terms()
+    assert f"{ratio(*(emptied_first + np.array(other.terms()))):.3f}" == "0.714"
+    assert "0.525) = 0.857" in text
+    assert "/0.700 = 0.714" in text

@@ -17,11 +17,13 @@ from urllib.parse import unquote, urlsplit
 import pandas as pd
 import pytest
 from click.testing import Result
+from fabricated import modules
 from listed import EVIL, MERGERS, entry, hostile, several, written
 from typer.testing import CliRunner
 
 from benchmark.api.contracts import Card
 from benchmark.core.errors import UnmergeBenchError, UsageError
+from benchmark.reporting.standing import place
 from leaderboard import folder
 from leaderboard.cli import app
 from leaderboard.site import build, pages, serve
@@ -110,6 +112,43 @@ def test_ranks_hold_within_a_suite_and_only_for_what_counts(site: Path) -> None:
     text = Page(site / "index.html").text
     assert "invalidated: its release was not the one measured" in text
     assert "superseded by quick-2" in text
+
+
+def test_ranked_by_the_lower_end_and_shown_with_it(site: Path) -> None:
+    frame = pd.read_parquet(site / "leaderboard.parquet")
+    for _, group in frame[frame["rank"].notna()].groupby("question"):
+        lows = group.sort_values("rank")["low_weights"].clip(0, 1).round(2).tolist()
+        assert lows == sorted(lows, reverse=True)
+    rows = frame.set_index(["suite", "defense"])
+    assert rows.loc[("smoke", "params"), "as_published"] == pytest.approx(0.99, abs=0.02)
+    assert rows.loc[("smoke", "params"), "as_published_merger"] == "ties"
+    items = json.loads((site / "entries.json").read_text())["entries"]
+    (smoke,) = (i for i in items if (i["defense"], i["version"]) == ("params", "smoke-1"))
+    assert smoke["as_published"] == rows.loc[("smoke", "params"), "as_published"]
+    assert smoke["low"]["weights"] == rows.loc[("smoke", "params"), "low_weights"]
+    assert "unlabeled" not in smoke["robust"]
+    index = Page(site / "index.html").text
+    assert "As published" in index
+    assert "not run" in index  # nobody used unlabeled data
+
+
+def test_releases_with_modules_have_a_track(tmp_path: Path) -> None:
+    foreign = entry("trap")
+    own = [one.model_copy(update={"changes_modules": True, "seen": 0.95}) for one in foreign.cells]
+    cells = tuple(own + modules("trap"))
+    changed = foreign.model_copy(update={"cells": tuple({place(c): c for c in cells}.values())})
+    one = Listed(changed, "trap/quick-1.json", b"")
+    other = Listed(entry("params"), "params/quick-1.json", b"")
+    asked = questions([one, other])
+    found = {row.defense: (row.track, row.place) for row, _ in asked[0].rows}
+    assert found == {"trap": ("modules", "1"), "params": ("weights", "–")}  # lacks layer-refit
+    page = tmp_path / "page.html"
+    at = {"trap": "trap.html", "params": "params.html"}
+    page.write_text(pages.index(asked, [], at), encoding="utf-8")
+    tracks = [a["data-track"] for a in Page(page).all("tr") if "data-track" in a]
+    assert tracks == ["weights", "modules"]
+    page.write_text(pages.defense("trap", [one], asked, at), encoding="utf-8")
+    assert "rank 1 among modules" in Page(page).text
 
 
 def test_other_data_is_another_question(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ COLUMNS = (
         "flags",
         "Flags",
         "What a number alone would hide; each is explained under Flags.",
-        lambda row: Shown(words=tuple(row.flags)),
+        lambda row: Shown(words=tuple(row.flags)) if row.flags else Shown("none", "dim"),
         (Field("flags", lambda row: ", ".join(row.flags)),),
         views=_PAGES,
     ),

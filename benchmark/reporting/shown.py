@@ -13,15 +13,16 @@ MARKS = {"holds": "✓", "partly": "~", "broken": "✗"}
 class Shown(NamedTuple):
     """What a cell says.
 
-    ``kind``: holds, partly or broken for a protection, then with ``bounds``, its interval if it has
-    one; a status; late (over a limit), dim (no value) or empty. ``below``: smaller lines.
+    ``kind``: holds, partly or broken for a protection; a status; late (over a limit), dim (no
+    value) or empty. ``bounds``: its interval, () where none could be computed, None where there is
+    nothing to say. ``below``: smaller lines.
     ``words``: entries of the glossary of flags. ``order``: by which is sorted; ``why``: on
     hovering; ``spoken``: for those who do not see; ``href``: where the text leads.
     """
 
     text: str = ""
     kind: str = ""
-    bounds: tuple[float, float] | None = None
+    bounds: tuple[float, ...] | None = None
     below: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     order: float | None = None
@@ -44,8 +45,8 @@ def score(entry: Entry | None, *, who: bool = False, missing: str = "–") -> Sh
     return Shown(
         f"{entry.shown:.2f}",
         band(entry.shown),
-        entry.bounds if entry.interval else None,
-        (entry.attacker, entry.merger) if who else (),
+        entry.bounds if entry.interval else (),
+        (entry.attacker, f"× {entry.merger}") if who else (),
         # Ranked by the lower end, where there is such.
         order=entry.bounds[0] if isinstance(entry, Robust) else entry.shown,
         why=f"raw {entry.protection:.2f}, {entry.cells} cells",

@@ -31,9 +31,9 @@ _TITLES: dict[Track, str] = {
 }
 
 
-def _interval(bounds: tuple[float, float] | None) -> str:
+def _interval(bounds: Sequence[float]) -> str:
     """``.93–1``: no leading zeros, so that a matrix of intervals fits 80 columns."""
-    return "–" if bounds is None else "–".join(_short(value) for value in bounds)
+    return "–".join(_short(value) for value in bounds) or "–"
 
 
 def _short(value: float) -> str:
@@ -46,7 +46,7 @@ def shown_text(shown: Shown) -> Text:
     mark = f" {MARKS[shown.kind]}" if shown.scored else ""
     words = shown.text.replace("no-benefit", "no-\nbenefit") + mark
     text = Text(words, _STYLE.get(shown.kind, ""))
-    if shown.scored:
+    if shown.bounds is not None:
         text.append(f"{' ' if shown.below else chr(10)}{_interval(shown.bounds)}", "dim not bold")
     for line in shown.below:
         text.append(f"\n{line}", "dim not bold")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from benchmark.reporting.board import TIERS, Row, Standing, Tier
+from benchmark.reporting.board import TIERS, Standing, Tier, Track
+from benchmark.reporting.columns import FIELDS
 from leaderboard.entry import json_schema
 from leaderboard.runs import COLUMNS, record
 from leaderboard.site.collect import Listed, Question
@@ -19,11 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FACTS = ("question", "suite", "version", "created", "credit", "source_sha256", "entry")
-_MORE = (
-    *("protect_multiple", "tax_points", "tax_use"),
-    *(f"{what}_task_aware" for what in ("robust", "low", "high", "attack", "merger")),
-    *(f"best_known_{tier}" for tier in TIERS),
-)
+_KNOWN = tuple(f"best_known_{tier}" for tier in TIERS)
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -31,8 +28,9 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 class Item(BaseModel):
     """One entry. ``url``, ``page``: relative to the site. ``question``: equal where comparable.
 
-    ``robust``: raw, by tier; ``best_known``: clipped, only with certificates. Both, ``standing``
-    and ``rank`` are empty for an entry that no longer counts.
+    ``robust``, and ``low``, by which is ranked: raw, by tier; ``best_known``: clipped, only with
+    certificates. They, ``track``, ``standing`` and ``rank`` are empty for an entry that no longer
+    counts.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -52,9 +50,12 @@ class Item(BaseModel):
     superseded_by: str
     invalidated: str
     certificates: int
+    track: Track | None = None
     standing: Standing | None = None
     rank: int | None = None
     robust: dict[Tier, float | None] = {}
+    low: dict[Tier, float] = {}
+    as_published: float | None = None
     best_known: dict[Tier, float] = {}
 
 
@@ -72,12 +73,12 @@ def frame(questions: Sequence[Question]) -> pd.DataFrame:
     import pandas as pd
 
     rows = [
-        {**_facts(question, listed), **record(row), **_more(row, listed)}
+        {**_facts(question, listed), **record(row), **_known(listed)}
         for question in questions
         for row, listed in question.rows
     ]
-    made = pd.DataFrame(rows, columns=[*_FACTS, *COLUMNS, *_MORE])
-    return made.astype({"rank": "Int64", "break_examples": "Int64"})
+    made = pd.DataFrame(rows, columns=[*_FACTS, *COLUMNS, *_KNOWN])
+    return made.astype({field.name: "Int64" for field in FIELDS if field.whole})
 
 
 def _facts(question: Question, listed: Listed) -> dict[str, Any]:
@@ -93,16 +94,8 @@ def _facts(question: Question, listed: Listed) -> dict[str, Any]:
     }
 
 
-def _more(row: Row, listed: Listed) -> dict[str, Any]:
-    found: dict[str, Any] = {"protect_multiple": row.protect_multiple}
-    if row.tax:
-        found["tax_use"], found["tax_points"] = row.tax
-    if aware := row.robust_task_aware.get("labeled"):
-        low, high = aware.interval or (None, None)
-        values: dict[str, Any] = {"robust": aware.protection, "low": low, "high": high}
-        values |= {"attack": aware.attack, "merger": aware.merger}
-        found |= {f"{name}_task_aware": value for name, value in values.items()}
-    return found | {f"best_known_{tier}": value for tier, value in listed.known.items()}
+def _known(listed: Listed) -> dict[str, float]:
+    return {f"best_known_{tier}": value for tier, value in listed.known.items()}
 
 
 def listing(
@@ -128,8 +121,10 @@ def listing(
             certificates=len(entry.certificates),
         )
         if row:
-            item.standing, item.rank = row.standing, row.rank
+            item.track, item.standing, item.rank = row.track, row.standing, row.rank
             item.robust = {tier: one.protection for tier, one in row.robust.items()}
+            item.low = {tier: one.low for tier, one in row.robust.items()}
+            item.as_published = row.as_published.protection if row.as_published else None
             item.best_known = listed.known
         items.append(item)
     return Listing(entries=items)

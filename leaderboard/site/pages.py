@@ -12,24 +12,25 @@ from importlib import resources
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.evaluation.flags import FLAGS
 from benchmark.pipeline.suite import builtin
-from benchmark.reporting.board import STANDINGS, TIERS, Entry, Leaderboard, band
+from benchmark.reporting.board import STANDINGS, TRACKS, Leaderboard, Row
+from benchmark.reporting.columns import TERMS
 from benchmark.reporting.costs import break_curves
-from benchmark.reporting.html import percent, two
+from benchmark.reporting.html import two
 from benchmark.reporting.plots import BLUE, PALE, VERMILION
+from benchmark.reporting.shown import MARKS, percent, score
 from benchmark.reporting.summary import attacks_of, fixed_lines, verdict
 from leaderboard.site import figures
 from leaderboard.site.collect import Listed, Question
-from leaderboard.site.columns import COLUMNS, TRACKS
+from leaderboard.site.columns import ACCESSES, COLUMNS, SUMMARY, Answer
 from leaderboard.strict import UNSEEN
 
 _ARXIV = re.compile(r"^(\d{4}\.\d{4,5}|[a-z.-]+/\d{7})(v\d+)?$", re.ASCII)
-_MARKS = {"holds": "✓", "partly": "~", "broken": "✗"}
 
 
 def href(url: str) -> str | None:
@@ -51,12 +52,22 @@ def seen(value: object) -> object:
 def index(questions: Sequence[Question], gone: Sequence[Listed], pages: dict[str, str]) -> str:
     """The page with the table. ``gone``: entries that no longer count."""
     script = table_script()
-    rows = [(question, row, listed) for question in questions for row, listed in question.rows]
+    answers = [
+        Answer(question, row, listed, quote(pages[listed.spec]))
+        for question in questions
+        for row, listed in question.rows
+    ]
+    rows = [(answer, [column.show(answer) for column in COLUMNS]) for answer in answers]
+    measured = [
+        {c.access for c, shown in zip(COLUMNS, cells, strict=True) if c.access and shown.scored}
+        for _, cells in rows
+    ]
     return _environment().get_template("index.html.j2").render(
         columns=COLUMNS,
-        tracks=[(track, any(_tracks(row, track) for _, row, _ in rows)) for track in TRACKS],
+        terms=TERMS,
+        accesses=[(access, any(access in one for one in measured)) for access in ACCESSES],
         questions=questions,
-        rows=rows,
+        rows=[(*row, one) for row, one in zip(rows, measured, strict=True)],
         gone=gone,
         pages=pages,
         scatters=[(asked, figures.scatter(asked.board, asked.id)) for asked in questions],
@@ -71,7 +82,7 @@ def defense(
 ) -> str:
     """The page of one defense. ``versions``: all its entries, whether they count or not."""
     standing = [
-        _answer(question, row, listed)
+        _answer(Answer(question, row, listed, ""))
         for question in questions
         for row, listed in question.rows
         if listed.spec == spec
@@ -88,8 +99,9 @@ def defense(
     )  # fmt: skip
 
 
-def _answer(question: Question, row: Any, listed: Listed) -> dict[str, Any]:
+def _answer(answer: Answer) -> dict[str, Any]:
     """What one entry says under one suite."""
+    question, row, listed, _ = answer
     own = Leaderboard(
         rows=[row], matrix=[e for e in question.board.matrix if e.defense == row.defense]
     )
@@ -100,6 +112,8 @@ def _answer(question: Question, row: Any, listed: Listed) -> dict[str, Any]:
         "row": row,
         "listed": listed,
         "verdict": verdict(row),
+        "summary": [(column, column.show(answer)) for column in SUMMARY],
+        "place": _place(row),
         "matrices": [_matrix(own, name) for name in dict.fromkeys(e.testbed for e in own.matrix)],
         "break_cost": figures.break_cost(own, question.id),
         "breaking": [_points(own, x) for x in ("per_class", "flops")],
@@ -143,8 +157,11 @@ def commands(listed: Listed) -> list[tuple[str, str]]:
     return found
 
 
-def _tracks(row: Any, track: str) -> Entry | None:
-    return row.robust_task_aware.get("labeled") if track == "task-aware" else row.robust.get(track)
+def _place(row: Row) -> str:
+    """``rank 2=``, or why there is none."""
+    if row.rank is None:
+        return STANDINGS[row.standing]
+    return f"rank {row.place}" + (" among modules" if row.track == "modules" else "")
 
 
 def shade(value: float) -> str:
@@ -186,7 +203,9 @@ def _digest(script: str) -> str:
 @cache
 def _environment() -> Environment:
     made = Environment(
-        loader=PackageLoader("leaderboard.site"),
+        loader=ChoiceLoader(
+            [PackageLoader("leaderboard.site"), PackageLoader("benchmark.reporting")]
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -195,8 +214,8 @@ def _environment() -> Environment:
     )
     made.filters.update(two=two, percent=percent, path=quote)
     made.globals.update(
-        FLAGS=FLAGS, STANDINGS=STANDINGS, TIERS=TIERS, MARKS=_MARKS, TRACKS=TRACKS, band=band,
-        shade=shade, href=href, on_track=_tracks,
+        FLAGS=FLAGS, STANDINGS=STANDINGS, MARKS=MARKS, TRACKS=TRACKS, score=score,
+        shade=shade, href=href,
         arxiv=lambda name: f"https://arxiv.org/abs/{name}" if _ARXIV.match(name) else None,
         style=Markup((resources.files("leaderboard.site") / "templates" / "site.css").read_text()),
     )  # fmt: skip

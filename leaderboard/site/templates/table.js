@@ -3,7 +3,8 @@
   const board = document.getElementById("board");
   const controls = document.getElementById("controls");
   if (!board || !controls) return;
-  const tracks = ["weights", "unlabeled", "labeled", "task-aware"];
+  // Columns of robust protection, each for what attackers hold.
+  const accesses = [...board.tHead.querySelectorAll("[data-access]")].map((head) => head.dataset.column);
   // The small "?" of a column opens its definition; it must not sort.
   for (const button of board.querySelectorAll("button.what")) {
     for (const kind of ["click", "keydown", "keypress", "mousedown"]) {
@@ -21,12 +22,13 @@
   const chosen = (name) => controls.elements[name].value;
   table.search.fixed("choices", (text, data, index) => {
     const row = table.row(index).node().dataset;
-    const track = chosen("track");
+    const access = chosen("access");
     return (
       (!chosen("suite") || row.question === chosen("suite")) &&
+      (!chosen("track") || row.track === chosen("track")) &&
       (!chosen("standing") || row.standing === chosen("standing")) &&
       (!chosen("flag") || (chosen("flag") === "none" ? !row.flags : row.flags.split(" ").includes(chosen("flag")))) &&
-      (!track || row.tracks.split(" ").includes(track))
+      (!access || row.accesses.split(" ").includes(access))
     );
   });
   table.on("draw", () => {
@@ -35,10 +37,10 @@
   });
   let last = "";
   const apply = () => {
-    const track = chosen("track");
-    for (const name of tracks) table.column(columns.indexOf(name)).visible(!track || track === name, false);
-    if (track !== last) table.order(track ? [[columns.indexOf(track), "desc"]] : []);
-    last = track;
+    const access = chosen("access");
+    for (const name of accesses) table.column(columns.indexOf(name)).visible(!access || access === name, false);
+    if (access !== last) table.order(access ? [[columns.indexOf(access), "desc"]] : []);
+    last = access;
     table.search(chosen("find"));
     table.columns.adjust().draw();
     for (const figure of document.querySelectorAll("figure[data-question]")) {
