@@ -10,14 +10,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from benchmark.api.contracts import Access
 from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell
 from benchmark.pipeline import suite as suites
-from benchmark.pipeline.plan import unique
+from benchmark.pipeline.plan import OF_MODULES, unique
 from benchmark.pipeline.suite import Suite
 from leaderboard import figures, trust
 from leaderboard.certificates import same_release, without_merit
 from leaderboard.entry import Certificate, Entry, asked_of, measured
+from leaderboard.noise import difference, flips
 
 Place = tuple[str, tuple[str, ...], int, str, str]
 
@@ -30,7 +32,7 @@ def problems(entry: Entry) -> list[str]:
     if found := list(_of_suite(entry)):
         return found
     found = [*_of_places(entry), *_of_subjects(entry), *_of_sharing(entry)]
-    wanted = set(mandatory(entry.suite.definition))
+    wanted = set(_asked(entry))
     found += _of_cells(entry, [cell for cell in entry.cells if place(cell) in wanted])
     for number, certificate in enumerate(entry.certificates, start=1):
         found += [f"certificate {number}: {p}" for p in _of_certificate(entry, certificate)]
@@ -43,13 +45,14 @@ def place(cell: Cell) -> Place:
     return cell.victim, tuple(cell.partners), cell.seed, cell.attack, cell.merger
 
 
-def mandatory(suite: Suite) -> list[Place]:
+def mandatory(suite: Suite, *, changes_modules: bool = False) -> list[Place]:
     """Every place of a suite, for one defense.
 
     Raises:
         UsageError: an attack or merger that does not ship with UnmergeBench.
     """
-    attacks = unique(trust.attack(spec) for spec in suite.attacks)
+    asked = (*suite.attacks, *(OF_MODULES if changes_modules else ()))
+    attacks = unique(trust.attack(spec) for spec in asked)
     mergers = unique(trust.merger(spec) for spec in suite.mergers)
     return [
         (group.victim, tuple(group.partners), seed, attack.spec, merger.spec)
@@ -58,6 +61,12 @@ def mandatory(suite: Suite) -> list[Place]:
         for attack in attacks
         for merger in mergers
     ]
+
+
+def _asked(entry: Entry) -> list[Place]:
+    """The places that the entry's suite asks of a defense of its track."""
+    foreign = any(cell.changes_modules for cell in entry.cells)
+    return mandatory(entry.suite.definition, changes_modules=foreign)
 
 
 def _of_suite(entry: Entry) -> Iterator[str]:
@@ -76,7 +85,7 @@ def _of_suite(entry: Entry) -> Iterator[str]:
 
 
 def _of_places(entry: Entry) -> Iterator[str]:
-    wanted = mandatory(entry.suite.definition)
+    wanted = _asked(entry)
     found = [place(cell) for cell in entry.cells]
     if len(set(found)) != len(found):
         yield f"{len(found) - len(set(found))} cells stand twice"
@@ -111,18 +120,36 @@ def _of_hashes(entry: Entry, cell: Cell) -> Iterator[str]:
 
 
 def _of_sharing(entry: Entry) -> Iterator[str]:
-    """One expert answers one way, and one release has one utility, in all cells."""
+    """One base, expert or release answers one way in all cells; attacks with weights alone leave
+    the outside options as they are."""
     seen: dict[tuple[object, ...], set[object]] = defaultdict(set)
     for cell in filter(measured, entry.cells):
-        for task, text in cell.correct["expert"].items():
-            seen["outcomes of the expert", task].add(text)
+        for who in ("expert", "base"):
+            for task, text in cell.correct[who].items():
+                seen[f"outcomes of the {who}", task].add(text)
         release = cell.victim, cell.seed
-        seen["utility of the release", *release].add(cell.utility)
-        seen["logit_gap of the release", *release].add(cell.logit_gap)
-        seen["bf16_gap of the release", *release].add(cell.bf16_gap)
+        seen["outcomes of the release", *release].add(cell.correct["released"][cell.victim])
+        for name in ("logit_gap", "bf16_gap", "seen", "changes_modules"):
+            seen[f"{name} of the release", *release].add(getattr(cell, name))
+        seen["bf16_gap_expert of the expert", cell.victim].add(cell.bf16_gap_expert)
+        seen["qk_gauge of the testbed", cell.testbed].add(cell.qk_gauge)
+        if _free(cell.attack):
+            group = cell.victim, tuple(cell.partners), cell.seed, cell.merger
+            seen["outside_choice of attacks with weights alone", *group].add(cell.outside_choice)
+            for who in ("outside", "reference"):
+                outcomes = tuple(sorted(cell.correct[who].items()))
+                seen[f"outcomes of {who} of attacks with weights alone", *group].add(outcomes)
     for (what, *where), values in seen.items():
         if len(values) > 1:
             yield f"{what} for {', '.join(map(str, where))} differ between cells"
+
+
+def _free(spec: str) -> bool:
+    """Whether an attack of ours buys nothing: with it a free-rider has the same outside options."""
+    try:
+        return trust.attack(spec).method.access == Access.WEIGHTS
+    except UsageError:
+        return False
 
 
 def _of_cells(entry: Entry, cells: Iterable[Cell]) -> Iterator[str]:
@@ -154,8 +181,26 @@ def _of_certificate(entry: Entry, certificate: Certificate) -> Iterator[str]:
     if certificate.merger != ", ".join(mergers):
         yield "names other mergers than its cells"
     yield from _of_cells(entry, cells)
+    yield from _of_replay(entry, cells)
     if certificate.same_release != same_release(entry, cells):
         yield "same_release does not follow from its hashes"
+
+
+def _of_replay(entry: Entry, cells: Iterable[Cell]) -> Iterator[str]:
+    """Base and experts are the entry's own, made again: they answer as far as machines agree."""
+    own = {
+        (who, task): text
+        for cell in filter(measured, entry.cells)
+        for who in ("expert", "base")
+        for task, text in cell.correct[who].items()
+    }
+    for cell in filter(measured, cells):
+        for (who, task), text in own.items():
+            if task not in cell.correct[who]:
+                continue
+            gap = difference(text, cell.correct[who][task])
+            if not gap.size or abs(gap).sum() > flips(len(gap)):
+                yield f"{words(cell)}: outcomes of the {who} on {task} are not the entry's"
 
 
 def _of_flags(entry: Entry) -> Iterator[str]:

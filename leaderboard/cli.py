@@ -58,7 +58,8 @@ def build(
     """Build the public page from the folder of entries: a static site that needs no network.
 
     Open DIR/index.html, or put DIR on any web host. Beside the page: leaderboard.csv, .parquet and
-    .json, and entries.json. A folder that holds anything else is refused.
+    .json, and entries.json. A folder that holds anything else is refused, and so are entries of one
+    suite that contradict each other: one of the two is wrong.
 
     [bold]Examples[/bold]
 
@@ -69,9 +70,11 @@ def build(
     from rich.markup import escape
 
     from benchmark.cli.output import console
+    from leaderboard.shared import consistent
     from leaderboard.site import build as make
 
     with console(stderr=True).status("building"):
+        consistent(entries)
         built = make(entries, out)
     console().print(
         f"{built.entries} entries of {built.defenses} defenses, {built.suites} suites: "

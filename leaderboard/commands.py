@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from benchmark.cli.output import Json, console, print_json
+from benchmark.core.errors import UsageError
 from leaderboard.paths import ENTRIES
+
+if TYPE_CHECKING:
+    from leaderboard.rerun import Count
+    from leaderboard.verify import State, Verdict
 
 Entries = Annotated[Path, typer.Option("--entries", metavar="DIR", help="The folder of entries.")]
 Credit = Annotated[str, typer.Option("--credit", help="Who is to be named for it.")]
@@ -39,7 +44,8 @@ def submit(
     """Make leaderboard entries of a finished run of a suite that ships with UnmergeBench.
 
     One entry per defense, DIR/<defense>/<suite>-<n>.json; an older one of the same suite is marked
-    as superseded. A run that misses cells, failed, or changed the suite is refused, with the list.
+    as superseded. A run that misses cells, failed, changed the suite, or whose
+    defense did not pass `check`, is refused, with the list.
 
     [bold]Examples[/bold]
 
@@ -80,11 +86,19 @@ def _schema(asked: bool) -> None:
 def verify(
     entry: Annotated[Path, typer.Argument(metavar="ENTRY", help="An entry's JSON file.")],
     rerun: Annotated[
-        int, typer.Option("--rerun", min=0, metavar="N", help="Run N random cells again.")
-    ] = 0,
+        str, typer.Option("--rerun", metavar="N", help="Run N random cells again, or 'all'.")
+    ] = "0",
     trust: Trust = None,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Which cells; drawn afresh by default.")
+    ] = None,
+    entries: Annotated[
+        Path | None,
+        typer.Option(
+            "--entries",
+            metavar="DIR",
+            help="Compare with these; ENTRY's own folder if left out.",
+        ),
     ] = None,
     schema: Annotated[
         bool,
@@ -94,10 +108,12 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check an entry: schema, suite, every cell, every figure; then run some cells again.
+    """Check an entry: schema, suite, every cell, every figure, what it shares with other entries of
+    its suite; then run some cells again, from an empty store.
 
-    Exit code 1 if anything is wrong. Nothing an entry names is executed unless it is built in or
-    named with --trust.
+    Exit code 0 if it is sound, 1 if it is not, or if that cannot be said: its code is not here or
+    not trusted, or it contradicts another entry. Nothing an entry names is executed unless it is
+    built in or named with --trust.
 
     [bold]Examples[/bold]
 
@@ -116,32 +132,52 @@ def verify(
         verdict = check(
             folder.read(entry),
             path=entry,
-            rerun=rerun,
+            entries=entries,
+            rerun=_count(rerun),
             seed=seed,
             trusted=trust or (),
             notify=notify,
         )
     if as_json:
-        print_json(vars(verdict))
+        print_json(verdict.record())
     else:
         _show(verdict)
     raise typer.Exit(0 if verdict.sound else 1)
 
 
-def _show(verdict: Any) -> None:
+def _count(text: str) -> Count:
+    """How many cells ``--rerun`` asks for."""
+    if text == "all":
+        return "all"
+    if not text.isdecimal():
+        raise UsageError(f"--rerun {text[:20]!r}: give a number of cells, or 'all'")
+    return int(text)
+
+
+def _show(verdict: Verdict) -> None:
     out = console()
     for cell in verdict.rerun:
         mark = "[green]agrees[/green]" if cell["agrees"] else "[bold red]differs[/bold red]"
         stated, found = (_number(cell[name]) for name in ("stated", "found"))
-        out.print(f"run again: {escape(cell['cell'])}: stated {stated}, found {found}: {mark}")
+        most = cell["may_differ"]
+        may = "" if most is None else f" (honest machines: within {most:.2f})"
+        out.print(f"run again: {escape(cell['cell'])}: stated {stated}, found {found}{may}: {mark}")
     if verdict.seed is not None:
         out.print(f"the same cells again: --rerun {len(verdict.rerun)} --seed {verdict.seed}")
     for note in verdict.notes:
         out.print(f"[yellow]note[/yellow]: {escape(note)}")
+    for reason in verdict.unchecked:
+        out.print(f"[bold yellow]not checked[/bold yellow]: {escape(reason)}")
     for reason in verdict.reasons:
         out.print(f"[bold red]wrong[/bold red]: {escape(reason)}")
-    answer = "[green]sound[/green]" if verdict.sound else "[bold red]not sound[/bold red]"
-    out.print(f"{escape(verdict.entry)}: {answer}")
+    out.print(f"{escape(verdict.entry)}: {_ANSWERS[verdict.state]}")
+
+
+_ANSWERS: dict[State, str] = {
+    "sound": "[green]sound[/green]",
+    "unsound": "[bold red]not sound[/bold red]",
+    "not-checked": "[bold yellow]not checked[/bold yellow]",
+}
 
 
 def _number(value: float | None) -> str:

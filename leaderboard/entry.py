@@ -24,11 +24,17 @@ from pydantic import (
 from benchmark.api.contracts import Card
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.records import Cell
+from benchmark.evaluation.scoring import Gains
 from benchmark.evaluation.statistics import MODELS, unpack_bits
+from benchmark.pipeline.identity import sha
 from benchmark.pipeline.suite import Suite
 from leaderboard.strict import UNSEEN
 
-SCHEMA_VERSION = 1
+#: That of the cells it holds: 1 could not say which cells count, nor recompute utility.
+SCHEMA_VERSION = 2
+
+#: Whose outcomes on every task of the cell it holds; and ``released``, on the victim's alone.
+GROUPS = (*MODELS, "base")
 
 Sha = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 #: Cells that one suite may ask of one defense.
@@ -113,7 +119,7 @@ class Certificate(_Strict):
 class Entry(_Strict):
     """One version of one defense under one suite."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     version: Annotated[
         str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,80}-[1-9][0-9]{0,5}$")
     ]
@@ -146,6 +152,15 @@ class Entry(_Strict):
         return [*self.cells, *(cell for one in self.certificates for cell in one.cells)]
 
     @property
+    def question(self) -> str:
+        """A hash that two entries share if one suite was asked about both, on the same data.
+
+        The suite's own hash also covers the defense it asks about.
+        """
+        asked = self.suite.definition.model_dump(exclude={"name", "description", "defenses"})
+        return sha({"suite": asked, "testbed": self.subjects.testbed, "data": self.subjects.data})
+
+    @property
     def number(self) -> int:
         """Which version of this defense and suite."""
         return int(self.version.rpartition("-")[2])
@@ -176,10 +191,10 @@ def json_schema() -> dict[str, Any]:
 
 #: What a cell that was not measured has not.
 _FIGURES = (
-    "accuracy", "normalized", "gain", "gain_undefended", "gain_outside", "protection",
-    "protection_ci", "merged_accuracy", "fixed", "expert_accuracy", "zero_shot", "utility",
-    "utility_drop", "standalone", "logit_gap", "bf16_gap", "bf16_gap_expert", "recovered_gap",
-    "correct", "benign", "flags",
+    "accuracy", "normalized", "gain", "gain_undefended", "gain_outside", "gain_reference",
+    "protection", "protection_ci", "merged_accuracy", "fixed", "expert_accuracy", "zero_shot",
+    "utility", "utility_drop", "standalone", "seen", "logit_gap", "bf16_gap", "bf16_gap_expert",
+    "recovered_gap", "correct", "benign", "flags",
 )  # fmt: skip
 
 
@@ -200,17 +215,18 @@ def _fits(cell: Cell, test: int) -> None:
         if any(getattr(cell, name) not in (None, {}, []) for name in _FIGURES):
             raise ValueError(f"a cell with status {cell.status} holds figures")
         return
-    if None in (cell.gain, cell.gain_undefended, cell.gain_outside):
+    if Gains.of(cell) is None:
         raise ValueError("a measured cell without its gains")
     if (cell.protection is None) != (cell.status == "no-benefit"):
         raise ValueError(f"a cell with status {cell.status} and protection {cell.protection}")
     tasks = {cell.victim, *cell.partners}
-    if cell.correct.keys() != set(MODELS) or any(c.keys() != tasks for c in cell.correct.values()):
+    wanted = {**dict.fromkeys(GROUPS, tasks), "released": {cell.victim}}
+    if {model: set(outcomes) for model, outcomes in cell.correct.items()} != wanted:
         raise ValueError("outcomes of other models or tasks than the cell's")
-    if not tasks or cell.expert_accuracy.keys() != tasks:
+    if cell.expert_accuracy.keys() != tasks:
         raise ValueError("accuracies of other tasks than the cell's")
     for task in tasks:
-        packed = [cell.correct[model][task] for model in MODELS]
+        packed = [outcomes[task] for outcomes in cell.correct.values() if task in outcomes]
         if max(map(len, packed)) > test // 4 + 4:
             raise ValueError("more outcomes than the suite has test examples")
         try:

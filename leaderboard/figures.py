@@ -1,18 +1,21 @@
 """The figures of one cell: recomputed where they follow from the cell, bounded where they do not.
 
-What follows: every accuracy, gain, protection and interval, from the outcomes per example; access,
-track and ``skipped``, from the methods; most flags, from utility and logit gaps. What is only
-bounded, so that only a re-run (:mod:`leaderboard.verify`) finds it out: the outcomes themselves,
-``utility``, ``standalone``, ``zero_shot``, ``fixed``, the logit gaps, ``benign``, ``budget``, the
-flags that need weights (norm-blow-up). What nothing checks: seconds, which are those of the
-submitter's machine, ``search``, ``notes``, and the weights behind a hash.
+What follows: every accuracy, gain, protection and interval, utility and zero-shot accuracy, and
+which cells count, from the outcomes per example; access, track and ``skipped``, from the methods;
+flags, from all of these and the logit gaps. Where a chosen model is one of those it is compared
+with (the release or the base alone, an outside option), its outcomes are that one's. What is only
+bounded, so that only another entry (:mod:`leaderboard.shared`) or a re-run
+(:mod:`leaderboard.differences`) finds it out: the outcomes themselves, ``standalone``, ``fixed``,
+``seen``, the logit gaps, ``benign``, ``budget``, and norm-blow-up, which needs weights. What
+nothing checks: seconds, which are those of the submitter's machine, ``search``, ``notes``, and the
+weights behind a hash.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,22 +24,19 @@ from benchmark.api.contracts import Access, Attack, Card, Ensemble, Merger
 from benchmark.core.errors import MethodError
 from benchmark.core.records import Cell
 from benchmark.evaluation.benign import USES
-from benchmark.evaluation.flags import EXACT, FLAGS
-from benchmark.evaluation.scoring import (
-    UTILITY_GATE,
-    accuracies,
-    benefit,
-    gain,
-    normalized,
-    protection,
-)
-from benchmark.evaluation.statistics import MODELS, ratio_protection, unpack_bits
+from benchmark.evaluation.flags import FLAGS, of_cell
+from benchmark.evaluation.scoring import Gains, accuracies, gain, normalized
+from benchmark.evaluation.statistics import ratio_protection, unpack_bits
 from benchmark.pipeline.suite import Suite
 from leaderboard.entry import measured
 
 #: Figures are recomputed from the same outcomes by the same arithmetic.
 EXACTLY = 1e-9
+#: The one flag that no figure of a cell shows.
+FROM_WEIGHTS = {"norm-blow-up"}
 _SHA = re.compile(r"[0-9a-f]{64}")
+
+Bits = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def problems(cell: Cell, suite: Suite, attack: Attack, merger: Merger, card: Card) -> Iterator[str]:
@@ -55,7 +55,12 @@ def problems(cell: Cell, suite: Suite, attack: Attack, merger: Merger, card: Car
         merges = "merges" if cell.status == "skipped" else "does not merge"
         yield f"status {cell.status}, but {cell.merger} {merges} so many models"
     elif measured(cell):
-        yield from _of_outcomes(cell, suite)
+        bits = {
+            who: {task: unpack_bits(text) for task, text in outcomes.items()}
+            for who, outcomes in cell.correct.items()
+        }
+        yield from _of_outcomes(cell, suite, bits)
+        yield from _of_choices(cell)
         yield from _of_shares(cell, suite)
         yield from _of_attack(cell, attack, merger)
         yield from _of_flags(cell, card)
@@ -70,31 +75,30 @@ def _skipped(cell: Cell, merger: Merger) -> bool:
     return False
 
 
-def _of_outcomes(cell: Cell, suite: Suite) -> Iterator[str]:
-    tasks = [cell.victim, *cell.partners]
-    bits = {who: {t: unpack_bits(cell.correct[who][t]) for t in tasks} for who in MODELS}
+def _of_outcomes(cell: Cell, suite: Suite, bits: Bits) -> Iterator[str]:
     expert, attacked = bits["expert"], bits["attacked"]
     if len(expert[cell.victim]) != cell.n_test or cell.n_test > suite.test:
         yield f"{len(expert[cell.victim])} outcomes, n_test {cell.n_test}, suite {suite.test}"
-    own = accuracies(expert)
-    gains = {who: gain(bits[who], expert) for who in ("attacked", "undefended", "outside")}
+    own, utility = accuracies(expert), accuracies(bits["released"])[cell.victim]
+    gains = Gains(*(gain(bits[who], expert) for who in Gains._fields))
+    left = gains.protection
+    interval = None if left is None else ratio_protection(cell.correct, scope=cell.testbed).interval
+    if cell.status != gains.status:
+        yield f"status {cell.status} does not follow from its gains"
     pairs: list[tuple[str, Any, Any]] = [
         ("accuracy", cell.accuracy, accuracies(attacked)),
         ("expert_accuracy", cell.expert_accuracy, own),
+        ("zero_shot", cell.zero_shot, accuracies(bits["base"])),
         ("normalized", cell.normalized, normalized(accuracies(attacked), own)),
-        ("gain", cell.gain, gains["attacked"]),
-        ("gain_undefended", cell.gain_undefended, gains["undefended"]),
-        ("gain_outside", cell.gain_outside, gains["outside"]),
+        ("gain", cell.gain, gains.attacked),
+        ("gain_undefended", cell.gain_undefended, gains.undefended),
+        ("gain_outside", cell.gain_outside, gains.outside),
+        ("gain_reference", cell.gain_reference, gains.reference),
+        ("protection", cell.protection, left),
+        ("interval", cell.protection_ci, interval),
+        ("utility", cell.utility, utility),
+        ("utility_drop", cell.utility_drop, own[cell.victim] - utility),
     ]
-    nothing = benefit(gains["undefended"], gains["outside"]) is None
-    if nothing != (cell.status == "no-benefit"):
-        yield f"status {cell.status} does not follow from its gains"
-    elif nothing:
-        pairs.append(("protection_ci", cell.protection_ci, None))
-    else:
-        left = protection(gains["attacked"], gains["undefended"], gains["outside"])
-        interval = ratio_protection(cell.correct, scope=cell.testbed).interval
-        pairs += [("protection", cell.protection, left), ("interval", cell.protection_ci, interval)]
     if cell.merged_accuracy:
         pairs.append(("merged_accuracy", cell.merged_accuracy, cell.accuracy))
     for name, stated, follows in pairs:
@@ -102,20 +106,38 @@ def _of_outcomes(cell: Cell, suite: Suite) -> Iterator[str]:
             yield f"{name} does not follow from its outcomes"
 
 
+def _of_choices(cell: Cell) -> Iterator[str]:
+    """The model that won, and G0's, are known ones where they are no merge."""
+    correct, victim = cell.correct, cell.victim
+    if not cell.choice.startswith("merge"):
+        if cell.choice != cell.outside_choice:
+            yield f"choice {cell.choice[:60]!r} is neither a merge nor the outside option"
+        elif correct["attacked"] != correct["outside"]:
+            yield "the outside option won, yet outcomes of attacked are not its"
+    if cell.outside_choice == "base" and correct["outside"] != correct["base"]:
+        yield "the outside option is the base, yet its outcomes are not"
+    if cell.outside_choice == "released alone" and (
+        correct["outside"][victim] != correct["released"][victim]
+    ):
+        yield "the outside option is the release, yet its outcomes are not"
+    for partner in cell.partners:
+        alone = cell.outside_choice == f"{partner} alone"
+        if alone and correct["outside"][partner] != correct["expert"][partner]:
+            yield f"the outside option is the expert for {partner}, yet its outcomes are not"
+    if cell.attack != "none":
+        return
+    if cell.sha256.recovered != cell.sha256.released:
+        yield "no attack, yet what was recovered is not the release"
+    elif not cell.changes_modules and not _same(cell.standalone, cell.utility):
+        yield "no attack, yet the recovered model alone is not the release"
+
+
 def _of_shares(cell: Cell, suite: Suite) -> Iterator[str]:
     """Accuracies without outcomes: a share of as many test examples as there are."""
-    alone = {"utility": cell.utility, "standalone": cell.standalone}
-    for name, share in alone.items():
-        if share is None or not _counted(share, cell.n_test):
-            yield f"{name} is no share of {cell.n_test} examples"
-    if cell.utility is not None:
-        drop = cell.expert_accuracy[cell.victim] - cell.utility
-        if not _same(cell.utility_drop, drop):
-            yield "utility_drop does not follow from its utility"
-    for task, share in cell.zero_shot.items():
-        n = _examples(cell, task)
-        if not n or not _counted(share, n):
-            yield f"zero_shot[{task}] is no share of its examples"
+    if cell.standalone is None or not _counted(cell.standalone, cell.n_test):
+        yield f"standalone is no share of {cell.n_test} examples"
+    if (cell.seen is None) == cell.changes_modules or not 0 <= (cell.seen or 0.0) <= 1:
+        yield "seen: stated without foreign modules, not stated with them, or no share"
     asked = cell.attack == "none" or suite.fixed_everywhere
     wanted = {f"{c:g}" for c in suite.fixed_coefficients} if asked else set()
     tasks = {cell.victim, *(cell.partners if suite.fixed_everywhere else ())}
@@ -144,6 +166,9 @@ def _of_attack(cell: Cell, attack: Attack, merger: Merger) -> Iterator[str]:
     used = cell.budget.examples or cell.budget.per_class
     if used and max(attack.access, merger.access) == Access.WEIGHTS:
         yield "spent examples, which its access does not grant"
+    labelled = sum(getattr(part, "per_class", 0) for part in getattr(attack, "parts", (attack,)))
+    if labelled and cell.budget.examples and cell.budget.per_class != labelled:
+        yield f"spent {cell.budget.per_class} examples per class; its attack asks for {labelled}"
     if cell.search.passes > cell.search.exhaustive:
         yield "its search took more passes than an exhaustive one"
     if cell.search.settings < 1 or cell.n_val < 1:
@@ -153,8 +178,6 @@ def _of_attack(cell: Cell, attack: Attack, merger: Merger) -> Iterator[str]:
             yield f"sha256.{name} is no hash"
     if cell.sha256.merged and not _SHA.fullmatch(cell.sha256.merged):
         yield "sha256.merged is no hash"
-    if cell.attack == "none" and cell.sha256.recovered != cell.sha256.released:
-        yield "no attack, yet what was recovered is not the release"
     if isinstance(attack, Ensemble) != bool(cell.ensemble):
         yield "ensemble: stated by one attack, or not stated by several"
     if isinstance(attack, Ensemble) and cell.ensemble:
@@ -168,18 +191,9 @@ def _of_attack(cell: Cell, attack: Attack, merger: Merger) -> Iterator[str]:
 def _of_flags(cell: Cell, card: Card) -> Iterator[str]:
     if unknown := sorted(set(cell.flags) - FLAGS.keys()):
         yield f"unknown flag {unknown[0][:60]}"
-    gap = math.inf if cell.logit_gap is None else cell.logit_gap
-    half = (cell.bf16_gap or 0.0) > 2 * (cell.bf16_gap_expert or 0.0)
-    follow = {
-        "no-benefit": cell.status == "no-benefit",
-        "utility-gate": (cell.utility_drop or 0.0) > UTILITY_GATE,
-        "not-equivalent": card.exact and not gap <= EXACT,
-        "half-precision-loss": half,
-        "restricted-gauge": card.locks and cell.qk_gauge != "general",
-    }
-    for flag, raised in follow.items():
-        if raised != (flag in cell.flags):
-            yield f"flag {flag} does not follow from its figures"
+    follow = set(of_cell(cell, card, growth=math.nan))
+    for flag in sorted((set(cell.flags) ^ follow) & (FLAGS.keys() - FROM_WEIGHTS)):
+        yield f"flag {flag} does not follow from its figures"
 
 
 def _examples(cell: Cell, task: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,11 @@ from leaderboard.paths import ENTRIES
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Schema version → what makes an entry of it one of the next version. There is one version so far.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-
 _DEVICE = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
+
+
+class Older(strict.Malformed):
+    """An entry of an earlier schema. It stays where it is, as history, and does not stand."""
 
 
 def slug(spec: str) -> str:
@@ -46,12 +47,13 @@ def parse(data: bytes, what: str) -> Entry:
     """An entry from the bytes of a file.
 
     Raises:
+        Older: made under an earlier scoring version.
         Malformed: no JSON a stranger may send, or not of the schema; names the first field.
     """
     found = strict.loads(data, what)
     if not isinstance(found, dict):
         raise strict.Malformed(f"{what}: not an entry, but a {type(found).__name__}")
-    found = migrated(found, what)
+    _current(found, what)
     try:
         # As JSON and strictly: else the text "nan" would pass for a number.
         return Entry.model_validate_json(json.dumps(found), strict=True)
@@ -65,25 +67,22 @@ def _line(text: str) -> str:
     return " ".join(text.split())[:400]
 
 
-def migrated(found: dict[str, Any], what: str) -> dict[str, Any]:
-    """An entry of an older schema as one of today's, step by step through ``MIGRATIONS``.
+def _current(found: dict[str, Any], what: str) -> None:
+    """Refuse an entry of another schema than today's.
 
     Raises:
-        Malformed: no version, one this code does not know, or no entry even of its own version.
+        Older: it was made under an earlier one.
+        Malformed: no version, or one this code does not know.
     """
     version = found.get("schema_version")
-    while type(version) is int and version in MIGRATIONS:
-        try:
-            found = {**MIGRATIONS[version](found), "schema_version": version + 1}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise strict.Malformed(
-                f"{what}: no entry of schema version {version} ({type(error).__name__})"
-            ) from None
-        version += 1
+    if type(version) is int and 1 <= version < SCHEMA_VERSION:
+        raise Older(
+            f"{what}: made under scoring version {version}, which today's rules cannot judge; it "
+            "does not stand: run the defense again and submit that"
+        )
     if type(version) is not int or version != SCHEMA_VERSION:
         shown = ascii(version)[:60]
         raise strict.Malformed(f"{what}: schema version {shown}; this code reads {SCHEMA_VERSION}")
-    return found
 
 
 def read(path: Path) -> Entry:
@@ -92,7 +91,7 @@ def read(path: Path) -> Entry:
 
 
 def everything(folder: Path) -> Iterator[tuple[Path, Entry]]:
-    """All entries of a folder, in the order of their paths.
+    """All entries of a folder, in the order of their paths, without those of older schemas.
 
     Raises:
         Malformed: a file that is no entry, a link, or one whose place is not its own.
@@ -104,7 +103,10 @@ def everything(folder: Path) -> Iterator[tuple[Path, Entry]]:
     for path in sorted(folder.glob("*/*.json")):
         if path.parent.is_symlink():
             raise strict.Malformed(f"{path.parent} is a link")
-        entry = read(path)
+        try:
+            entry = read(path)
+        except Older:
+            continue
         if path_of(folder, entry) != path:
             raise strict.Malformed(
                 f"{path} holds {entry.defense.spec} {entry.version}; "
@@ -119,12 +121,22 @@ def misplaced(path: Path, entry: Entry) -> Iterator[str]:
     if path_of(home.parent, entry) != path.absolute():
         yield f"its place is {path_of(Path('.'), entry)} in a folder of entries"
         return
-    others = [read(other) for other in sorted(home.glob("*.json")) if other.name != path.name]
+    others = [other for where, other in versions(home) if where.name != path.name]
     later = [o for o in others if o.suite.name == entry.suite.name and o.number > entry.number]
     if entry.superseded_by and entry.superseded_by not in {o.version for o in later}:
         yield f"superseded by {entry.superseded_by}, which is no later version here"
     if not entry.superseded_by and any(o.stands for o in later):
         yield "a later version stands beside it; it should say superseded_by"
+
+
+def versions(home: Path) -> Iterator[tuple[Path, Entry]]:
+    """The entries of one defense's folder, without those of older schemas. Raises as ``read``."""
+    for path in sorted(home.glob("*.json")):
+        try:
+            found = read(path)
+        except Older:
+            continue
+        yield path, found
 
 
 def path_of(folder: Path, entry: Entry) -> Path:

@@ -50,10 +50,8 @@ def compare(old: Path, new: Path) -> Changes:
             wrong = list(_rewritten(was, entry)) if was else list(_added(name, entry, before))
             if was is None or was.certificates != entry.certificates:
                 touched.append(path)
-            for other in sorted(path.parent.glob("*.json")):
-                wrong += [
-                    f"({other.name}) {p}" for p in folder.misplaced(other, folder.read(other))
-                ]
+            for other, found in folder.versions(path.parent):
+                wrong += [f"({other.name}) {p}" for p in folder.misplaced(other, found)]
         except strict.Malformed as error:
             wrong = [str(error)]
         problems += [f"{name}: {problem}" for problem in wrong]

@@ -9,18 +9,16 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from benchmark.api import methods
 from benchmark.api.contracts import Defense
 from benchmark.api.methods import Named
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UnmergeBenchError, UsageError
 from benchmark.core.paths import write_text
 from benchmark.core.records import Cell
+from benchmark.pipeline import apart
 from benchmark.pipeline import suite as suites
-from benchmark.pipeline.identity import sha
 from benchmark.pipeline.suite import Suite
-from benchmark.pipeline.workbench import method_key
-from leaderboard import checks, folder, trust
+from leaderboard import checks, folder, source, trust
 from leaderboard.entry import Entry, Method, Subjects, SuiteId, asked_of, measured
 from leaderboard.runs import Run, read
 
@@ -51,8 +49,8 @@ def submit(
     """Write an entry for each method of the run (or of ``defenses``), superseding older versions.
 
     Raises:
-        Incomplete: the run is unfinished, of no suite that ships with UnmergeBench, or cells are
-            missing or failed.
+        Incomplete: the run is unfinished, of no suite that ships with UnmergeBench, cells are
+            missing or failed, or a defense did not pass `check`.
         UsageError: a defense the run does not hold, or one that has no rank.
         Untrusted: a defense of the run is somebody's own code and not among ``defenses``.
     """
@@ -108,7 +106,7 @@ def _chosen(run: Run, defenses: Sequence[str]) -> list[Named[Defense]]:
     if not defenses:
         found = [trust.defense(spec) for spec in held]
         return [named for named in found if named.method.card.role == "method"]
-    chosen = {named.spec: named for named in map(methods.defense, defenses)}
+    chosen = {named.spec: named for named in map(apart.defense, defenses)}
     for spec in chosen:
         if spec not in held:
             raise UsageError(f"{run.folder} holds no {spec!r}{did_you_mean(spec, held)}")
@@ -128,6 +126,7 @@ def _entry(run: Run, suite: Suite, named: Named[Defense], credit: str) -> Entry:
     cells = [cell for cell in run.cells if cell.defense == named.spec]
     asked = asked_of(suite, named.spec)
     card = named.method.card
+    _passed(run, named)
     if failed := [
         f"{checks.words(c)}: {c.status}: {c.reason}" for c in cells if c.status == "error"
     ]:
@@ -136,7 +135,7 @@ def _entry(run: Run, suite: Suite, named: Named[Defense], credit: str) -> Entry:
         return Entry(
             version=f"{suite.name}-1",
             suite=SuiteId(name=suite.name, hash=asked.hash, definition=asked),
-            defense=Method(spec=named.spec, card=card, source_sha256=sha(method_key(named.method))),
+            defense=Method(spec=named.spec, card=card, source_sha256=source.sha256(named.method)),
             subjects=_subjects(run, cells),
             cells=tuple(cells),
             environment={key: run.facts[key] for key in _KEPT if key in run.facts},
@@ -148,6 +147,24 @@ def _entry(run: Run, suite: Suite, named: Named[Defense], credit: str) -> Entry:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "its cells"
         raise Incomplete(run.folder, [f"{named.spec}: {where}: {first['msg']}"]) from None
+
+
+def _passed(run: Run, named: Named[Defense]) -> None:
+    """Refuse a defense that its run does not mark as having passed `check`, as it is now."""
+    marks = run.facts.get("checks")
+    found = marks.get(named.spec) if isinstance(marks, dict) else None
+    if not isinstance(found, dict):
+        reason = f"was not held to `unmergebench check defense {named.spec}`; run it again"
+    elif found.get("source") != source.sha256(named.method):
+        reason = "was edited since it was run; run it again"
+    elif found.get("passed") is not True:
+        failed = ", ".join(map(str, found.get("failed") or ())) or "a check"
+        reason = (
+            f"failed {failed}; mend it, see `unmergebench check defense {named.spec}`, run it again"
+        )
+    else:
+        return
+    raise Incomplete(run.folder, [f"{named.spec} {reason}"])
 
 
 def _subjects(run: Run, cells: Sequence[Cell]) -> Subjects:
@@ -168,8 +185,7 @@ def _subjects(run: Run, cells: Sequence[Cell]) -> Subjects:
 def _write(into: Path, entry: Entry) -> Submitted:
     """Under the next number of this defense and suite; the one before is superseded."""
     older = list(_versions(into, entry))
-    number = 1 + max((before.number for before in older), default=0)
-    entry = entry.model_copy(update={"version": f"{entry.suite.name}-{number}"})
+    entry = entry.model_copy(update={"version": f"{entry.suite.name}-{_next(into, entry)}"})
     path = folder.write(into, entry)
     for before in older:
         if before.stands:
@@ -181,13 +197,19 @@ def _write(into: Path, entry: Entry) -> Submitted:
 
 
 def _versions(into: Path, entry: Entry) -> Iterator[Entry]:
-    home = folder.path_of(into, entry).parent
-    for path in sorted(home.glob("*.json")):
-        found = folder.read(path)
+    for path, found in folder.versions(folder.path_of(into, entry).parent):
         if found.defense.spec != entry.defense.spec:
             raise UnmergeBenchError(f"{path} is an entry of {found.defense.spec}; move it")
         if found.suite.name == entry.suite.name:
             yield found
+
+
+def _next(into: Path, entry: Entry) -> int:
+    """One more than the last version of this defense and suite, of whatever schema."""
+    home = folder.path_of(into, entry).parent
+    stems = (path.stem.rpartition("-") for path in home.glob(f"{entry.suite.name}-*.json"))
+    numbers = [int(n) for suite, _, n in stems if suite == entry.suite.name and n.isdecimal()]
+    return 1 + max(numbers, default=0)
 
 
 def _readme(entry: Entry) -> str:

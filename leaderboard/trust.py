@@ -1,7 +1,8 @@
 """Names from strangers. A spec may name a Python file, and to resolve it is to run that file.
 
 Specs that come from an entry or a recipe are resolved only if every part is a method of
-UnmergeBench's own distribution, or if the user named the same spec.
+UnmergeBench's own distribution, or if the user named the same spec; then a defense is run in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from benchmark.api.contracts import Attack, Defense, Merger, Testbed
 from benchmark.api.methods import Named
 from benchmark.api.registry import Registry
 from benchmark.core.errors import UsageError
+from benchmark.pipeline import apart
 
 
 class Untrusted(UsageError):
@@ -28,7 +30,7 @@ def defense(spec: str, trusted: Collection[str] = ()) -> Named[Defense]:
         UsageError: an unknown parameter, or a value out of range.
     """
     _admit(methods.DEFENSES, spec, trusted)
-    return methods.defense(spec)
+    return apart.defense(spec)
 
 
 def attack(spec: str) -> Named[Attack]:

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmark.core.errors import UnmergeBenchError
-from benchmark.pipeline.identity import sha
 from benchmark.reporting.board import Leaderboard, Row, Tier
 from leaderboard import folder
 from leaderboard.certificates import best_known
@@ -92,19 +91,10 @@ def questions(found: Iterable[Listed]) -> list[Question]:
     groups: dict[str, dict[str, Listed]] = defaultdict(dict)
     for listed in sorted(found, key=lambda one: (one.entry.created, one.place)):
         if listed.entry.stands:
-            groups[question_of(listed.entry)][listed.spec] = listed  # the last one counts
+            groups[listed.entry.question][listed.spec] = listed  # the last one counts
     names = Counter(next(iter(group.values())).entry.suite.name for group in groups.values())
     made = [_question(key, list(group.values()), names) for key, group in groups.items()]
     return sorted(made, key=lambda question: (-len(question.listed), question.label))
-
-
-def question_of(entry: Entry) -> str:
-    """A hash that two entries share if one suite was asked about both, on the same data.
-
-    The suite's own hash also covers the defense it asks about.
-    """
-    asked = entry.suite.definition.model_dump(exclude={"name", "description", "defenses"})
-    return sha({"suite": asked, "testbed": entry.subjects.testbed, "data": entry.subjects.data})
 
 
 def _question(key: str, listed: Sequence[Listed], names: Counter[str]) -> Question:

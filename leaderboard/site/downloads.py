@@ -14,7 +14,7 @@ from benchmark.reporting.board import TIERS, Standing, Tier, Track
 from benchmark.reporting.columns import FIELDS
 from leaderboard.entry import json_schema
 from leaderboard.runs import COLUMNS, record
-from leaderboard.site.collect import Listed, Question, question_of
+from leaderboard.site.collect import Listed, Question
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +111,7 @@ def listing(
             invalidated=entry.invalidated,
             defense=listed.spec,
             suite=entry.suite.name,
-            question=question_of(entry)[:12],
+            question=entry.question[:12],
             testbed=entry.subjects.testbed,
             url=f"entries/{listed.place}",
             sha256=listed.sha256,
