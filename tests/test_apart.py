@@ -278,8 +278,9 @@ def test_an_entry_point_of_another_distribution_runs_apart(
     assert "their_defenses" not in sys.modules
     (tmp_path / "their_defenses/low.py").write_text("LOW = 2\n")
     assert apart.method._identity(found.spec) != found.method.identity
-    apart.method.serving(found.method, ("a testbed", "one task"))
+    process = apart.method.serving(found.method, ("a testbed", "one task"))
     # Another victim gets a process of its own, which would import the edited file.
+    monkeypatch.setattr(processes, "begin", lambda spec: process)
     with pytest.raises(UsageError, match="was edited while it was running"):
         apart.method.serving(found.method, ("a testbed", "another task"))
 
@@ -534,7 +535,10 @@ def test_a_model_whose_process_ended_is_made_again(method: Apart, tell: Tell) ->
     shipped = ship(method)
     x = {"x": torch.randn(10, 8, generator=seeded(1))}
     before = shipped.forward(shipped, x)
+    process = processes.found(method.spec, ("plane", "signs"))
     apart.close()
+    assert process is not None
+    assert not process.alive
     assert torch.equal(shipped.forward(shipped, x), before)
     tell("fickle")
     apart.close()
@@ -568,8 +572,6 @@ def test_no_process_serves_two_victims_and_only_a_few_are_kept(
     assert processes.found(method.spec, ("plane", "signs")) is mine
     apart.defense(method.spec)
     assert (mine.alive, theirs.alive) == (True, False)
-    apart.close()
-    assert not mine.alive
 
 
 # Testbeds
