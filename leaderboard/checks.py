@@ -14,8 +14,7 @@ from benchmark.api.contracts import Access
 from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell
 from benchmark.pipeline import suite as suites
-from benchmark.pipeline.plan import unique
-from benchmark.pipeline.suite import Suite
+from benchmark.pipeline.plan import OF_MODULES, unique
 from leaderboard import figures, trust
 from leaderboard.certificates import same_release, without_merit
 from leaderboard.entry import Certificate, Entry, asked_of, measured
@@ -32,7 +31,7 @@ def problems(entry: Entry) -> list[str]:
     if found := list(_of_suite(entry)):
         return found
     found = [*_of_places(entry), *_of_subjects(entry), *_of_sharing(entry)]
-    wanted = set(mandatory(entry.suite.definition))
+    wanted = set(mandatory(entry))
     found += _of_cells(entry, [cell for cell in entry.cells if place(cell) in wanted])
     for number, certificate in enumerate(entry.certificates, start=1):
         found += [f"certificate {number}: {p}" for p in _of_certificate(entry, certificate)]
@@ -45,13 +44,15 @@ def place(cell: Cell) -> Place:
     return cell.victim, tuple(cell.partners), cell.seed, cell.attack, cell.merger
 
 
-def mandatory(suite: Suite) -> list[Place]:
-    """Every place of a suite, for one defense.
+def mandatory(entry: Entry) -> list[Place]:
+    """Every place of the entry's suite; foreign modules must stand more attacks.
 
     Raises:
         UsageError: an attack or merger that does not ship with UnmergeBench.
     """
-    attacks = unique(trust.attack(spec) for spec in suite.attacks)
+    suite = entry.suite.definition
+    more = OF_MODULES if any(cell.changes_modules for cell in entry.cells) else ()
+    attacks = unique(trust.attack(spec) for spec in (*suite.attacks, *more))
     mergers = unique(trust.merger(spec) for spec in suite.mergers)
     return [
         (group.victim, tuple(group.partners), seed, attack.spec, merger.spec)
@@ -78,7 +79,7 @@ def _of_suite(entry: Entry) -> Iterator[str]:
 
 
 def _of_places(entry: Entry) -> Iterator[str]:
-    wanted = mandatory(entry.suite.definition)
+    wanted = mandatory(entry)
     found = [place(cell) for cell in entry.cells]
     if len(set(found)) != len(found):
         yield f"{len(found) - len(set(found))} cells stand twice"
@@ -126,7 +127,7 @@ def _of_sharing(entry: Entry) -> Iterator[str]:
             seen[f"{name} of the release", *release].add(getattr(cell, name))
         seen["bf16_gap_expert of the expert", cell.victim].add(cell.bf16_gap_expert)
         seen["qk_gauge of the testbed", cell.testbed].add(cell.qk_gauge)
-        if _free(cell.attack):
+        if buys_nothing(cell.attack):
             group = cell.victim, tuple(cell.partners), cell.seed, cell.merger
             seen["outside_choice of attacks with weights alone", *group].add(cell.outside_choice)
             for who in ("outside", "reference"):
@@ -137,7 +138,7 @@ def _of_sharing(entry: Entry) -> Iterator[str]:
             yield f"{what} for {', '.join(map(str, where))} differ between cells"
 
 
-def _free(spec: str) -> bool:
+def buys_nothing(spec: str) -> bool:
     """Whether an attack of ours buys nothing: with it a free-rider has the same outside options."""
     try:
         return trust.attack(spec).method.access == Access.WEIGHTS

@@ -130,8 +130,11 @@ def _tied(stated: Cell, found: Cell) -> dict[str, tuple[float, float]]:
     tied = {}
     if _choice(stated) != _choice(found):
         tied["attacked"] = (found.gain or 0.0, stated.gain or 0.0)
-    if stated.outside_choice != found.outside_choice:
+    stopped = stated.ensemble.get("stopped") != found.ensemble.get("stopped")
+    if stopped or stated.outside_choice != found.outside_choice:
         tied["outside"] = (found.gain_outside or 0.0, stated.gain_outside or 0.0)
+    if stopped:  # an ensemble that stops at once buys nothing, for the reference either
+        tied["reference"] = (found.gain_reference or 0.0, stated.gain_reference or 0.0)
     return tied
 
 

@@ -26,7 +26,7 @@ from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.records import Cell
 from benchmark.evaluation.scoring import Gains
 from benchmark.evaluation.statistics import MODELS, unpack_bits
-from benchmark.pipeline.fingerprint import sha
+from benchmark.pipeline.identity import sha
 from benchmark.pipeline.suite import Suite
 from leaderboard.strict import UNSEEN
 

@@ -7,51 +7,30 @@ UnmergeBench's own distribution, or if the user named the same spec.
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cache
 from typing import Any
 
 from benchmark.api import methods
 from benchmark.api.contracts import Attack, Defense, Merger, Testbed
 from benchmark.api.methods import Named
 from benchmark.api.registry import Registry
-from benchmark.api.specs import parse, split_composite
 from benchmark.core.errors import UsageError
-
-_OWN = "unmergebench"
+from benchmark.pipeline import apart
 
 
 class Untrusted(UsageError):
     """A spec that is somebody's own code."""
 
 
-def builtin(registry: Registry[Any], spec: str) -> bool:
-    """Whether all parts of ``spec`` ship with UnmergeBench. Imports nothing."""
-    try:
-        names = [parse(part)[0] for part in split_composite(spec)]
-    except (UsageError, RecursionError, MemoryError):
-        return False
-    return set(names) <= _shipped(registry)
-
-
-@cache
-def _shipped(registry: Registry[Any]) -> frozenset[str]:
-    """Names from UnmergeBench's own distribution. Cached: each look at it parses its metadata."""
-    return frozenset(
-        name
-        for name, point in registry.entries.items()
-        if point.dist is None or point.dist.name == _OWN
-    )
-
-
 def defense(spec: str, trusted: Collection[str] = ()) -> Named[Defense]:
-    """The defense, if it ships with UnmergeBench or ``spec`` is among ``trusted``.
+    """The defense, if it ships with UnmergeBench or ``spec`` is among ``trusted``: that of somebody
+    else in a process of its own.
 
     Raises:
         Untrusted: it is neither.
         UsageError: an unknown parameter, or a value out of range.
     """
     _admit(methods.DEFENSES, spec, trusted)
-    return methods.defense(spec)
+    return apart.defense(spec)
 
 
 def attack(spec: str) -> Named[Attack]:
@@ -76,7 +55,7 @@ testbed.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever p
 
 
 def _admit(registry: Registry[Any], spec: str, trusted: Collection[str] = ()) -> None:
-    if spec not in trusted and not builtin(registry, spec):
+    if spec not in trusted and not registry.ships(spec):
         raise Untrusted(
             f"{registry.singular} {spec[:200]!r} does not ship with UnmergeBench; it was not run"
         )

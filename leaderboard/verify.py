@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmark.api import methods
 from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell
 from benchmark.evaluation.scoring import Gains
-from leaderboard import checks, folder, noise, shared, source, trust
+from leaderboard import checks, folder, noise, shared, trust
 from leaderboard.differences import Pair, differences, together
 from leaderboard.entry import Entry, measured
 from leaderboard.rerun import Count, again, choose, empty_store
@@ -120,7 +121,7 @@ def _source(entry: Entry, verdict: Verdict, trusted: Collection[str], rerun: boo
     foreign = named.method.changes_modules
     if any(cell.changes_modules != foreign for cell in entry.all_cells if measured(cell)):
         verdict.reasons.append("states another track than that of its defense (changes_modules)")
-    if source.sha256(named.method) != entry.defense.source_sha256:
+    if methods.DEFENSES.fingerprint(spec) != entry.defense.source_sha256:
         edited = f"{spec} was made by other code than is here under that name"
         if rerun:
             verdict.notes.append(edited)

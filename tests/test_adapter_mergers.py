@@ -235,7 +235,7 @@ def bench(home: Path) -> Iterator[Workbench]:
 def released(bench: Workbench, spec: str, victim: str = "mnist-low") -> tuple[State, float]:
     """The release, and its test accuracy."""
     state = bench.released(defense(spec), victim, 0).state()
-    rows = range(bench.size(victim, "test"))
+    rows = range(len(bench.evaluator.task(victim).test))
     return state, float(bench.evaluator.correct(state, victim, "test", rows).mean())
 
 
@@ -276,7 +276,7 @@ def test_a_lock_on_the_adapter_alone_loses_what_a_lock_on_the_model_keeps(
 def test_a_lock_on_the_adapter_alone_is_undone_with_its_key_and_the_base(bench: Workbench) -> None:
     base, expert = bench.evaluator.base, bench.expert("mnist-low").state()
     lock = MergeLock(adapter_only=True)
-    locked = lock.protect(bench._view(defense("none"), "mnist-low", ""), generator(3))
+    locked = lock.protect(bench.owner("none", "mnist-low"), generator(3))
     back = lock.unlock(locked, bench.anatomy, generator(3), base)
     assert_close(back, expert, 1e-4)
     assert norm(task_vector(back, locked)) > 0.1
@@ -293,7 +293,7 @@ def test_merges_of_adapters_know_both_tasks(spec: str, bench: Workbench) -> None
     setting = Setting((1.0, 1.0))
     merged = merger(spec).method.merge(base, experts, setting, knowledge, generator(0))
     for task in tasks:
-        rows = range(bench.size(task, "test"))
+        rows = range(len(bench.evaluator.task(task).test))
         right = bench.evaluator.correct(merged, task, "test", rows).mean()
         before = bench.evaluator.correct(base, task, "test", rows).mean()
         assert right > before + 0.2

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmark.core.errors import MethodError
 from benchmark.evaluation.scoring import Gains, gain, ratio
-from benchmark.evaluation.thresholds import NO_BENEFIT, RAISED
+from benchmark.evaluation.thresholds import NO_BENEFIT
 
 gains = st.floats(0, 1.2)
 
@@ -68,8 +68,9 @@ def test_what_a_release_gives_away_is_not_protected() -> None:
     emptied = Gains(attacked=0.99, undefended=1.0, outside=0.99, reference=0.6)
     assert [g.raised for g in (kept, within, given_away, emptied)] == [False, False, True, True]
     assert [g.emptied for g in (kept, within, given_away, emptied)] == [False, False, False, True]
-    assert kept.protection == within.protection == 1
-    assert given_away.protection == pytest.approx(1 - (0.8 - 0.6 - RAISED) / (0.4 - RAISED))
+    assert kept.protection == 1
+    assert within.protection == pytest.approx(1 - 0.02 / 0.4)
+    assert given_away.protection == pytest.approx(0.5)
     assert emptied.protection == 0
     assert all(g.benefit == pytest.approx(0.4) for g in (kept, within, given_away, emptied))
 
@@ -81,8 +82,8 @@ def test_resamples_stand_under_the_verdict_of_the_gains() -> None:
     np.testing.assert_allclose(left, benefit)
     np.testing.assert_allclose(benefit, [0.4, 0.4])
     left, benefit = Gains(0.8, 1.0, 0.8, 0.6).terms(drawn)
-    np.testing.assert_allclose(left, [0.9 - 0.62, 0.5 - 0.4])
-    np.testing.assert_allclose(benefit, [1.0 - 0.62, 0.9 - 0.4])
+    np.testing.assert_allclose(left, [0.9 - 0.6, 0.5 - 0.4])
+    np.testing.assert_allclose(benefit, [1.0 - 0.6, 0.9 - 0.4])
 
 
 def test_without_a_benefit_there_is_no_ratio() -> None:
@@ -116,8 +117,8 @@ def test_the_example_in_the_docs() -> None:
     partly, emptied = g(133, 180), g(158, 180)
     shown = {
         lock: "| 133, 171 | 0.825 | 0.750 | 1 − 0.075/0.175 = 0.571 |",
-        Gains(partly, undefended, partly, reference): "0.850 | 0.850, counted as 0.770 | 1 − 0.080"
-        "/0.155 = 0.484 |",
+        Gains(partly, undefended, partly, reference): "0.850 | 0.850, counted as 0.750 | 1 − 0.100"
+        "/0.175 = 0.429 |",
         Gains(emptied, undefended, emptied, reference): "| 0.916 | 0.916 | 0, emptied |",
     }
     for gains_, words in shown.items():

@@ -3,6 +3,7 @@
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,17 @@ from benchmark.pipeline.store import Store
 
 BASE = {"w": torch.arange(6.0).reshape(2, 3), "frozen": torch.ones(4), "ids": torch.arange(3)}
 MOVED = {**BASE, "w": BASE["w"] * 2}
+State = dict[str, torch.Tensor]
+
+
+def kept(store: Store, make: Callable[[], State], key: str = "k") -> State:
+    """What is in the place of ``key``, made if nothing good is."""
+    with store.claimed(key, BASE) as slot:
+        state = slot.read()
+        if state is None:
+            state = make()
+            slot.write(state)
+    return state
 
 
 @pytest.fixture
@@ -28,10 +40,11 @@ def artifact(store: Store) -> Path:
 def test_a_state_is_made_once_and_only_what_moved_is_written(store: Store) -> None:
     made = []
     for _ in range(2):
-        state = store.state("k", BASE, lambda: made.append(1) or dict(MOVED))
+        state = kept(store, lambda: made.append(1) or dict(MOVED))
         assert all(torch.equal(state[key], MOVED[key]) for key in MOVED)
     assert made == [1]
-    assert state["frozen"] is BASE["frozen"]
+    with store.claimed("k", BASE) as slot:
+        assert slot.read()["frozen"] is BASE["frozen"]
     assert artifact(store).stat().st_size < 400
 
 
@@ -39,16 +52,24 @@ def test_a_state_is_made_once_and_only_what_moved_is_written(store: Store) -> No
 def test_a_damaged_state_is_made_again(
     store: Store, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store.state("k", BASE, lambda: dict(MOVED))
+    kept(store, lambda: dict(MOVED))
     path = artifact(store)
     data = bytearray(path.read_bytes())
     data[-1] ^= 0xFF
     path.write_bytes({"flip": bytes(data), "cut": bytes(data[:-8]), "empty": b""}[damage])
     made = []
-    state = store.state("k", BASE, lambda: made.append(1) or dict(MOVED))
+    state = kept(store, lambda: made.append(1) or dict(MOVED))
     assert made == [1]
     assert torch.equal(state["w"], MOVED["w"])
     assert "made again" in caplog.text
+
+
+def test_a_state_moved_to_another_key_is_not_believed(store: Store) -> None:
+    kept(store, lambda: dict(MOVED))
+    path = artifact(store)
+    path.rename(path.with_name("other.safetensors"))
+    with store.claimed("other", BASE) as slot:
+        assert slot.read() is None
 
 
 def test_a_failed_making_leaves_nothing(store: Store) -> None:
@@ -56,7 +77,7 @@ def test_a_failed_making_leaves_nothing(store: Store) -> None:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        store.state("k", BASE, fail)
+        kept(store, fail)
     assert not list((store.root / "states").glob("*.safetensors"))
 
 
@@ -66,7 +87,7 @@ def test_two_threads_that_want_one_state_make_it_once(tmp_path: Path) -> None:
     def work() -> None:
         store = Store(tmp_path)
         barrier.wait()
-        store.state("k", BASE, lambda: made.append(1) or dict(MOVED))
+        kept(store, lambda: made.append(1) or dict(MOVED))
         store.close()
 
     threads = [threading.Thread(target=work) for _ in range(2)]

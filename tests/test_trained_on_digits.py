@@ -12,6 +12,7 @@ from benchmark.api.methods import defense, testbed
 from benchmark.core.errors import AssetError
 from benchmark.core.state import State, task_vector
 from benchmark.learn import snapshots
+from benchmark.pipeline.measure import Measure
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.workbench import Workbench
 from defenses.trap2 import scaled
@@ -46,9 +47,10 @@ def digits(home: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
 )
 def test_released_models_work(digits: Workbench, spec: str) -> None:
     expert, released = digits.expert(VICTIM), digits.released(defense(spec), VICTIM, 0)
-    utility, gap = digits.alone(released, expert, VICTIM, range(500))
-    reference, _ = digits.alone(expert, expert, VICTIM, range(500))
-    assert gap > 1e-3
+    measure, rows = Measure(digits), range(500)
+    utility = measure.of(released, VICTIM, "test", rows).mean()
+    reference = measure.of(expert, VICTIM, "test", rows).mean()
+    assert measure.gap(released, expert, VICTIM, rows) > 1e-3
     assert utility > reference - 0.05
     base, state = digits.base.state(), released.state()
     moved = task_vector(state, base)

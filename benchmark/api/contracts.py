@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -291,6 +291,14 @@ class Merger(ABC):
         return merged
 
 
+class Arena(Protocol):
+    """What runs a testbed's model: of a :class:`Testbed` these two methods."""
+
+    def module(self) -> torch.nn.Module: ...
+
+    def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor: ...
+
+
 class Testbed(ABC):
     """A base model with tasks and the recipe that makes experts. A frozen dataclass.
 
@@ -329,6 +337,14 @@ class Testbed(ABC):
     @abstractmethod
     def module(self) -> torch.nn.Module:
         """The architecture that ``features`` runs, without weights; always the same object."""
+
+    def arena(self) -> Arena:
+        """What runs the model where the testbed's files are out of reach (it is pickled).
+
+        The testbed itself, unless ``module`` or ``features`` read files: then something that holds
+        the module, and neither weights nor data.
+        """
+        return self
 
     def anatomy(self) -> Anatomy:
         """The blocks of the architecture."""

@@ -7,6 +7,7 @@ method under development needs no packaging.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from benchmark.api.specs import build, did_you_mean, parse
+from benchmark.api.specs import build, did_you_mean, parse, split_composite
+from benchmark.core import sources
 from benchmark.core.errors import UsageError
 
 T = TypeVar("T")
@@ -57,6 +59,42 @@ class Registry(Generic[T]):
         """Every registered name, sorted."""
         return list(self.entries)
 
+    @functools.cached_property
+    def shipped(self) -> frozenset[str]:
+        """Names from UnmergeBench's own distribution. Imports nothing."""
+        return frozenset(
+            name
+            for name, entry in self.entries.items()
+            if entry.dist is None or entry.dist.name == _DISTRIBUTION
+        )
+
+    def ships(self, spec: str) -> bool:
+        """Whether all parts of ``spec`` ship with UnmergeBench. Imports nothing."""
+        try:
+            names = [parse(part)[0] for part in split_composite(spec)]
+        except (UsageError, RecursionError, MemoryError):
+            return False
+        return self.shipped.issuperset(names)
+
+    def source(self, name: str) -> Path | str:
+        """The file, or else the module, that holds the class behind ``name``. Imports nothing.
+
+        Raises:
+            UsageError: unknown name (with the nearest one).
+        """
+        if match := _FILE.match(name):
+            return Path(match["path"])
+        if name not in self.entries:
+            raise self._unknown(name)
+        return self.entries[name].module
+
+    def fingerprint(self, spec: str) -> str:
+        """sha256 over the source of all parts of ``spec``, in order. Raises as :meth:`source`."""
+        total = hashlib.sha256()
+        for part in split_composite(spec):
+            total.update(sources.fingerprint(self.source(parse(part)[0])).encode())
+        return total.hexdigest()
+
     def get(self, name: str) -> type[T]:
         """The class behind ``name`` or ``file.py:Class``.
 
@@ -69,9 +107,7 @@ class Registry(Generic[T]):
             elif name in self.entries:
                 cls = self.entries[name].load()
             else:
-                raise UsageError(
-                    f"unknown {self.singular} {name!r}{did_you_mean(name, self.names())}"
-                )
+                raise self._unknown(name)
             if not (isinstance(cls, type) and issubclass(cls, self.base)):
                 raise UsageError(f"{name} is not a {self.base.__name__} subclass")
             if not hasattr(cls, "__dataclass_fields__"):
@@ -85,6 +121,9 @@ class Registry(Generic[T]):
         """An instance from one spec without ``+``."""
         name, arguments = parse(spec)
         return build(self.get(name), name, arguments)
+
+    def _unknown(self, name: str) -> UsageError:
+        return UsageError(f"unknown {self.singular} {name!r}{did_you_mean(name, self.names())}")
 
     @property
     def singular(self) -> str:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmark.core.errors import AccessError
+
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,8 @@ class Task:
     scale: float
 
     def to(self, device: torch.device | str) -> Task:
-        return replace(
-            self,
-            train=self.train.to(device),
-            validation=self.validation.to(device),
-            test=self.test.to(device),
-            head=self.head.to(device),
-        )
+        moved = [*self.splits, "head"]
+        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     def logits(self, features: Tensor) -> Tensor:
         """(n, d) unit vectors → (n, classes)."""
@@ -71,4 +71,33 @@ class Task:
 
     def split(self, name: str) -> Split:
         """``train``, ``validation`` or ``test``."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+        if name not in _SPLITS:
+            raise KeyError(name)
+        found: Split = getattr(self, name)
+        return found
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that it gives."""
+        return _SPLITS
+
+    def without_test(self) -> Task:
+        """The same as an owner has it: to ask for the test split is an :class:`AccessError`."""
+        return OwnersTask(**{f.name: getattr(self, f.name) for f in fields(OwnersTask) if f.init})
+
+
+@dataclass(frozen=True)
+class OwnersTask(Task):
+    """A task without its test split."""
+
+    test: Split = field(init=False, repr=False, compare=False)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what is not there comes here.
+        if name == "test":
+            raise AccessError("the owner's defense is not given the test split")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return _SPLITS[:2]

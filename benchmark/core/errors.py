@@ -1,5 +1,10 @@
 """The errors a user may meet. Each is one line that names the mistake and the remedy."""
 
+import errno
+
+#: A full or unwritable disk says nothing about a method.
+_MACHINE_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
+
 
 class UnmergeBenchError(Exception):
     """Something failed (exit code 1)."""
@@ -33,6 +38,25 @@ class AccessError(UnmergeBenchError):
 
 class MethodError(UnmergeBenchError):
     """A defense, attack or merger broke its contract (its cell becomes ``error``)."""
+
+
+class Tampered(MethodError):
+    """A method changed what it was handed: nothing in memory can be trusted any longer."""
+
+
+def stop_if_serious(error: Exception) -> None:
+    """Raise what is more than one candidate's failure again: it concerns the machine, the data or
+    everything in memory."""
+    if isinstance(error, (Interrupted, AssetError, Tampered)):
+        raise error
+    if isinstance(error, OSError) and error.errno in _MACHINE_TROUBLE:
+        raise error
+
+
+def described(error: BaseException) -> str:
+    """What an exception says, in one line; with its type unless it is one of ours."""
+    line = first_line(error)
+    return line if isinstance(error, UnmergeBenchError) else f"{type(error).__name__}: {line}"
 
 
 def first_line(error: BaseException) -> str:

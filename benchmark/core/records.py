@@ -41,6 +41,7 @@ class Spent(BaseModel):
 class Search(BaseModel):
     """The free-rider's search over merges: what it tried, what it spent, what it may have lost.
 
+    ``settings`` were tried, of which ``failed`` gave no model that runs (NaN, an exception).
     ``passes`` are forward passes on validation, ``exhaustive`` what trying everything on everything
     takes; ``bound``: how much better a setting that was dropped may be (in units of G, with
     probability 98 %; :mod:`benchmark.evaluation.search`).
@@ -48,6 +49,7 @@ class Search(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     settings: int = 0
+    failed: int = 0
     passes: int = 0
     exhaustive: int = 0
     bound: float = 0.0
@@ -73,24 +75,25 @@ class Cell(BaseModel):
     expert as release, on which hangs whether the cell counts. ``protection`` is the raw value
     1 − (G(attacked) − G0)/(G(undefended) − G0), not clipped
     (:class:`benchmark.evaluation.scoring.Gains`). ``changes_modules``: users of the defense run
-    other modules than mergers see. ``one_coefficient``: the merger gives all members one coefficient and
-    searches none, as most papers do. ``choice`` and ``outside_choice`` say
-    which candidate won and which outside option G0 is. ``merged_setting`` and ``merged_accuracy``:
-    the best setting that does use the victim (its accuracy only where it was measured: it won, or
-    nothing was defended). ``fixed``: accuracy on the victim's task at the papers' coefficients.
+    other modules than mergers see. ``one_coefficient``: the merger gives all members one
+    coefficient and searches none, as most papers do. ``choice`` and ``outside_choice`` say which
+    candidate won and which outside option G0 is. ``merged_setting`` and ``merged_accuracy``: the
+    best setting that does use the victim (its accuracy only where it was measured: it won, or
+    nothing was defended).
+    ``fixed``: accuracy on the victim's task at the papers' coefficients.
     ``utility`` and ``standalone``: accuracy of the release, and of the recovered model, used alone.
     ``seen``: accuracy of a release with foreign modules on the training inputs that attackers get.
     ``logit_gap``, ``recovered_gap``: max relative |Δlogit| of release against expert, and of the
     recovered model against the release. ``qk_gauge``: the group to which the architecture confines
     a lock on Q and K: general, rotary or sign. ``ensemble``: for an attack that is one, its
     version, which of its attacks won, the screening's scores and failures, and forward passes.
-    ``bf16_gap`` and ``bf16_gap_expert``: what storing
-    release and expert in bfloat16 costs, likewise. ``correct``: per-example test outcomes as
-    hex, from which every accuracy and interval is recomputed: of the models chosen when attacked,
-    undefended, outside and (outside, with the undefended expert as release) reference, of expert
-    and base on every task, and of the ``released`` model as shipped on the victim's. ``benign``: what an honest user did
-    (bf16, int8, pruned, fine-tuned, lora) → accuracy after it of ``released`` (as shipped) and of
-    the unprotected ``expert``; in unattacked cells of the suite's first merger, if the suite asks.
+    ``bf16_gap`` and ``bf16_gap_expert``: what storing release and expert in bfloat16 costs,
+    likewise. ``correct``: per-example test outcomes as hex, from which every accuracy and interval
+    is recomputed: of the models chosen when attacked, undefended, outside and (outside, with the
+    undefended expert as release) reference, of expert and base on every task, and of the
+    ``released`` model as shipped on the victim's. ``benign``: what an honest user did (bf16, int8,
+    pruned, fine-tuned, lora) → accuracy after it of ``released`` (as shipped) and of the
+    unprotected ``expert``; in unattacked cells of the suite's first merger, if the suite asks.
     ``notes``: what the defense reported of its making, such as a search for its weight, and
     ``benign.<use>.<model>``: why a use is left out or counts as 0.
     """

@@ -50,8 +50,21 @@ class PerTask(State):
 
 
 def forward_of(state: State, features: Forward) -> Forward:
-    """How ``state`` is run: by its own forward if its modules are foreign, else by ``features``."""
-    return state.forward if isinstance(state, ForeignState) else features
+    """How ``state`` is run: by its own forward if its modules are foreign, else by ``features``.
+
+    A foreign forward runs in inference mode, whoever asks: it cannot tell an attacker's teacher
+    from the evaluator. Nothing is differentiated through it.
+    """
+    if not isinstance(state, ForeignState):
+        return features
+    own = state.forward
+
+    def alike(state: State, inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.inference_mode():
+            found = own(state, inputs)
+        return found.clone()  # no longer an inference tensor, which autograd would refuse
+
+    return alike
 
 
 def statistic(key: str) -> bool:

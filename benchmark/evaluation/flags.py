@@ -117,7 +117,7 @@ FLAGS: dict[str, Flag] = {
         "comparison instead of protecting.",
         f"G0 with the release is over G0 with the undefended expert by more than "
         f"{thresholds.RAISED:g}, or leaves merging under {thresholds.NO_BENEFIT:g} to gain.",
-        "What it adds to G0 beyond that counts as given away; a cell that it empties has "
+        "Whatever it adds to G0 counts as given away; a cell that it empties has "
         "protection 0 and does not count towards the half of the benefit that a rank needs. Look "
         "for a skill of the partners' tasks in the release.",
     ),

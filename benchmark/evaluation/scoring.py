@@ -67,8 +67,8 @@ class Gains(NamedTuple):
     def protection(self) -> float | None:
         """1 − (G(attacked) − G0) / (G(undefended) − G0), raw; None where there was no benefit.
 
-        What a release adds to G0 beyond the undefended expert's is given away, not protected: G0
-        counts up to 0.02 over the reference, and a release that leaves no benefit protects nothing.
+        What a release adds to G0 is given away, not protected: G0 counts up to the undefended
+        expert's, and a release that leaves no benefit protects nothing.
         """
         if self.status == "no-benefit":
             return None
@@ -83,7 +83,7 @@ class Gains(NamedTuple):
         attacked, undefended, outside, reference = np.asarray(self) if drawn is None else drawn.T
         if self.emptied:
             return undefended - reference, undefended - reference
-        outside = np.minimum(outside, reference + thresholds.RAISED)
+        outside = np.minimum(outside, reference)
         return attacked - outside, undefended - outside
 
 

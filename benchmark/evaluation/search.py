@@ -20,6 +20,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from benchmark.core.errors import described, stop_if_serious
+
 #: (candidate name, task, rows) → which validation examples are right, (len(rows),) bool.
 Correct = Callable[[str, str, range], np.ndarray]
 
@@ -50,17 +52,23 @@ class Racer:
         """Normalised outcome per example, averaged over tasks: (n,). Its mean is the score."""
         return np.mean([self.correct[task] / accuracy for task, accuracy in expert.items()], axis=0)
 
+    def score(self, expert: Mapping[str, float]) -> float:
+        """Mean normalised outcome."""
+        return float(self.outcomes(expert).mean())
+
 
 @dataclass
 class Result:
     """What a race found.
 
-    ``ranked``: candidates that saw the whole validation split, best first. ``passes``: forward
+    ``ranked``: every candidate that did not fail, those that saw the whole validation split first,
+    best first; of equals the first. ``failed``: name → why it cannot be run. ``passes``: forward
     passes, ``exhaustive``: what they would be without dropping anybody (``safe`` ones never count).
     ``bound``: see the module, in units of the score.
     """
 
     ranked: list[Racer]
+    failed: dict[str, str]
     passes: int
     exhaustive: int
     bound: float
@@ -75,29 +83,39 @@ def race(
     """Search ``candidates``.
 
     ``expert``: task → the expert's validation accuracy, by which outcomes are normalised.
-    ``rungs``: increasing numbers of examples per task; the last is the whole split. Ties go to the
-    candidate that comes first in ``candidates``, which go from weak to strong; in a field of more
-    than ``FIELD`` to the one that comes last: near the base all are alike on a few examples, and
-    their order would keep the weak.
+    ``rungs``: increasing numbers of examples per task; the last is the whole split. Of equals on a
+    rung the candidate goes on that comes first in ``candidates``, which go from weak to strong; in
+    a field of more than ``FIELD`` the one that comes last: near the base all are alike on a few
+    examples, and their order would keep the weak. Whatever a candidate raises is its own failure.
     """
     alive, seen, bound = list(candidates), 0, 0.0
+    failed: dict[str, str] = {}
     comparisons = max(1, len(candidates) * (len(rungs) - 1))
     place = {id(racer): number for number, racer in enumerate(candidates)}
     sigmas = NormalDist().inv_cdf(1 - ERROR / comparisons)
     for position, rung in enumerate(rungs):
         for racer in alive:
-            for task in expert:
-                racer.extend(task, correct(racer.name, task, range(seen, rung)))
+            try:
+                for task in expert:
+                    racer.extend(task, correct(racer.name, task, range(seen, rung)))
+            except Exception as error:
+                stop_if_serious(error)
+                failed[racer.name] = described(error)
+        alive = [racer for racer in alive if racer.name not in failed]
+        if not alive:
+            break
         seen = rung
         if sum(not racer.safe for racer in alive) > FIELD:
             alive.sort(key=lambda racer: -place[id(racer)])
-        alive.sort(key=lambda racer: -float(racer.outcomes(expert).mean()))
+        alive.sort(key=lambda racer: -racer.score(expert))
         if position < len(rungs) - 1:
             alive, lost = _survivors(alive, expert, sigmas)
             bound = max(bound, lost)
+    ran = [racer for racer in candidates if racer.name not in failed]
+    ranked = sorted(ran, key=lambda racer: (-racer.seen, -racer.score(expert)))
     searched = [racer for racer in candidates if not racer.safe]
     passes = sum(racer.seen for racer in searched) * len(expert)
-    return Result(alive, passes, len(searched) * rungs[-1] * len(expert), bound)
+    return Result(ranked, failed, passes, len(searched) * rungs[-1] * len(expert), bound)
 
 
 def _survivors(

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 #: What merging the undefended expert must gain over the outside option, in units of G.
 NO_BENEFIT = 0.02
-#: So much may a release add to the outside option before what it adds counts as given away.
+#: A release that adds more than this to the outside option is said to raise it.
 RAISED = 0.02
 #: A rank needs cells that hold at least this share of the suite's benefit.
 COVERED = 0.5

@@ -7,24 +7,28 @@ from typing import Any
 from benchmark.core.errors import MethodError
 from benchmark.core.state import ForeignState, State
 from benchmark.evaluation import benign as uses
-from benchmark.pipeline.fingerprint import sha, source_hash
-from benchmark.pipeline.workbench import Model, Workbench, generator
+from benchmark.pipeline import identity
+from benchmark.pipeline.identity import generator
+from benchmark.pipeline.measure import Measure
+from benchmark.pipeline.nodes import Node
+from benchmark.pipeline.suite import Group
+from benchmark.pipeline.workbench import Workbench
 
 
 def tax(
-    bench: Workbench, shipped: Model, expert: Model, victim: str, other: str, test: int
+    measure: Measure, shipped: Node, expert: Node, group: Group, test: int
 ) -> tuple[dict[str, dict[str, float]], dict[str, object]]:
     """(use → accuracy of ``released`` and ``expert``, use → why it is left out or counts as 0).
 
     On the first ``test`` test examples: of the victim's task, and for the uses that fine-tune of
-    ``other``, on whose whole training split they do. Both models see the same draws, whatever the
-    seed of the release.
+    the first partner's, on whose whole training split they do. Both see the same draws, whatever
+    the seed of the release.
     """
     found: dict[str, dict[str, float]] = {}
     notes: dict[str, object] = {}
     for use in uses.USES:
-        mine = _after(bench, shipped, use, victim, other, test)
-        theirs = _after(bench, expert, use, victim, other, test)
+        mine = _after(measure, shipped, use, group, test)
+        theirs = _after(measure, expert, use, group, test)
         for who, one in (("release", mine), ("expert", theirs)):
             if one["note"]:
                 notes[f"benign.{use}.{who}"] = one["note"]
@@ -33,21 +37,19 @@ def tax(
     return found, notes
 
 
-def _after(
-    bench: Workbench, model: Model, use: str, victim: str, other: str, test: int
-) -> dict[str, Any]:
+def _after(measure: Measure, model: Node, use: str, group: Group, test: int) -> dict[str, Any]:
     """``accuracy`` (None where the use is impossible) and ``note``; one result per model and use.
 
     Logits that are NaN are wrong answers here: the user has nothing, and that is the tax.
     """
-    adapts = use in ("fine-tuned", "lora")
-    task = other if adapts else victim
-    rows = range(min(test, bench.size(task, "test")))
-    key = sha("benign", bench.key, model.sha256, use, task, rows.stop, source_hash(uses.__name__))
+    bench = measure.bench
+    task = group.partners[0] if use in ("fine-tuned", "lora") else group.victim
+    rows = range(min(test, len(measure.split(task, "test"))))
+    key = identity.benign(bench.key, model.identity, use, task, rows.stop)
 
     def make() -> dict[str, Any]:
         try:
-            state = _used(bench, model.state(), use, task, key)
+            state = _used(measure.bench, model.state(), use, task, key)
         except MethodError as error:
             return {"accuracy": None, "note": str(error)}
         bench.store.forget_training(key)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from benchmark.api.contracts import Access, Attack, Budget, Merger, Setting
+from benchmark.api.contracts import Access, Budget, Setting
 from benchmark.api.methods import Named
 from benchmark.core.state import (
     ForeignState,
@@ -16,13 +16,11 @@ from benchmark.core.state import (
     with_variances,
 )
 from benchmark.merging.layers import by_layer
-from benchmark.pipeline.fingerprint import sha
-from benchmark.pipeline.suite import Group
-from benchmark.pipeline.workbench import Model, Workbench, generator, method_key
-
-
-class Skip(Exception):
-    """The merger does not apply: these cells make no sense, and nothing failed."""
+from benchmark.pipeline import identity
+from benchmark.pipeline.identity import generator
+from benchmark.pipeline.nodes import Node
+from benchmark.pipeline.situation import Situation
+from benchmark.pipeline.workbench import Workbench
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class Part:
     state: Callable[[], State]
 
     @staticmethod
-    def of(model: Model) -> Part:
-        return Part(model.sha256, model.state)
+    def of(node: Node) -> Part:
+        return Part(node.sha256, node.state)
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,12 @@ class Candidate:
     setting: Setting | None = None
     kind: str = ""
 
+    @staticmethod
+    def of(name: str, node: Node, kind: str = "") -> Candidate:
+        return Candidate(name, node.identity, node.state, kind=kind)
 
-def members(attacked: Model) -> tuple[Part, list[Part]]:
+
+def members(attacked: Node) -> tuple[Part, list[Part]]:
     """Base and members of the merge as an attack left them (it may have moved all of them)."""
     facts = attacked.facts
     base = Part(facts["base"], lambda: attacked.members().base)
@@ -59,53 +61,58 @@ def members(attacked: Model) -> tuple[Part, list[Part]]:
     return base, [Part.of(attacked), *partners]
 
 
+def merging(bench: Workbench, at: Situation) -> Situation:
+    """The situation with the merger as its attack uses it."""
+    merger = at.attack.method.merging(at.merger.method, bench.anatomy)
+    return replace(at, merger=Named(at.merger.spec, merger))
+
+
 def merges(
     bench: Workbench,
-    merger: Named[Merger],
+    at: Situation,
     base: Part,
     parts: Sequence[Part],
     settings: Sequence[Setting],
-    group: Group,
-    seed: int,
     kind: str,
 ) -> list[Candidate]:
     """One candidate per setting. A member at coefficient 0 is no part of its identity.
 
     So the merges without the victim are evaluated once, whatever defends it.
     """
-    # Mergers that differ only in what they try share what they both tried.
-    method = method_key(merger.method, search=False)
+    merger, group, store = at.merger, at.group, bench.store
     knows = merger.method.access > Access.WEIGHTS or merger.method.task_aware
     # Only a merger that draws or sees data has results per seed; its draws belong to positions.
-    draws = ["merge", method[:2], group.victim, group.partners, seed]
+    draws = ["merge", identity.draws(merger.method), group.victim, group.partners, at.seed]
     draws = [*draws, len(parts)] if merger.method.stochastic or knows else []
     means = [*draws, bench.key] if knows else draws
-    identity = sha(method, base.sha256, [p.sha256 for p in parts], means)
+    ready = identity.prepared(merger.method, base.sha256, [p.sha256 for p in parts], means)
     # The victim comes first, and may be the one left out.
-    tasks = (group.victim, *group.partners)[-len(parts) :]
+    tasks = at.tasks[-len(parts) :]
 
     def prepared() -> tuple[Callable[[Setting], State], Budget]:
         states = [part.state() for part in parts]
         asks = knows or merger.method.reads_anatomy
-        knowledge = bench.knowledge(merger, group, identity, tasks=tasks) if asks else None
+        knowledge = bench.knowledge(merger, group, ready, tasks=tasks) if asks else None
         if knows:
             bench.notify(f"{merger.spec} merges {', '.join(tasks)}")
-        made = merger.method.prepare(base.state(), states, knowledge, generator(*draws))
+        with bench.guard.held(f"merger {merger.spec}"):
+            made = merger.method.prepare(base.state(), states, knowledge, generator(*draws))
         return made, knowledge.budget if knowledge else Budget()
 
     def build(setting: Setting) -> State:
         def make() -> State:
             if setting.layers:
                 return by_layer(build, base.state(), setting)
-            merge, budget = bench.store.recent(f"prepared:{identity}", prepared)
+            merge, budget = store.recent(f"prepared:{ready}", prepared)
             merged = with_variances(merge(setting))
             merged_well(merged, base.state(), f"merger {merger.spec}")
+            bench.guard.check(f"merger {merger.spec}", whole=False)
             if knows:
-                bench.store.put(f"spent:{content(setting)}", asdict(budget))
+                store.put(f"spent:{content(setting)}", asdict(budget))
             return merged
 
         # Kept from rung to rung of the search, and for the test of the winner.
-        state: State = bench.store.recent(f"merged:{content(setting)}", make)
+        state: State = store.recent(f"merged:{content(setting)}", make)
         return state
 
     def content(setting: Setting) -> str:
@@ -116,8 +123,8 @@ def merges(
             )
             if coefficient != 0
         ]
-        layers = [setting.layers] if setting.layers else []
-        return sha("merged", method, base.sha256, used, setting.parameters, means, *layers)
+        asked = {"parameters": setting.parameters, "layers": setting.layers}
+        return identity.merge(merger.method, base.sha256, used, asked, means)
 
     return [
         Candidate(kind, content(s), lambda s=s: build(s), s, kind)  # type: ignore[misc]
@@ -125,79 +132,56 @@ def merges(
     ]
 
 
-def outside(
-    bench: Workbench,
-    shipped: Model,
-    merger: Named[Merger],
-    settings: Sequence[Setting],
-    group: Group,
-    seed: int,
-) -> list[Candidate]:
+def outside(bench: Workbench, at: Situation, settings: Sequence[Setting]) -> list[Candidate]:
     """What a free-rider has without merging the victim (DESIGN section 4).
 
     The released model used alone, each partner alone, the partners merged without it, the base.
     """
-    experts = [bench.expert(partner) for partner in group.partners]
-    base = Part.of(bench.base)
+    experts = {partner: bench.expert(partner) for partner in at.group.partners}
+    shipped = bench.shipped(at.defense, at.group.victim, at.seed)
     without = [s.without_victim() for s in settings if not s.coefficients[0]]
-    parts = [Part.of(expert) for expert in experts]
+    parts = [Part.of(expert) for expert in experts.values()]
     return [
-        Candidate("released alone", shipped.sha256, shipped.state, kind="released"),
-        *(
-            Candidate(f"{partner} alone", expert.sha256, expert.state, kind="partners")
-            for partner, expert in zip(group.partners, experts, strict=True)
-        ),
-        *merges(bench, merger, base, parts, without, group, seed, "partners"),
-        Candidate("base", base.sha256, base.state, kind="base"),
+        Candidate.of("released alone", shipped, "released"),
+        *(Candidate.of(f"{name} alone", expert, "partners") for name, expert in experts.items()),
+        *merges(bench, at, Part.of(bench.base), parts, without, "partners"),
+        Candidate.of("base", bench.base, "base"),
     ]
 
 
-def controls(
-    bench: Workbench,
-    attack: Named[Attack],
-    merger: Named[Merger],
-    settings: Sequence[Setting],
-    group: Group,
-    seed: int,
-) -> list[Candidate]:
+def controls(bench: Workbench, at: Situation, settings: Sequence[Setting]) -> list[Candidate]:
     """What the attack's data and compute give without the victim: the attack run on the base.
 
     That model alone, and merged with the partners in the victim's place. Empty where the attack
     leaves the base as it is (it works after the merge, or on locks only).
     """
-    model = bench.control(attack, group, seed)
-    if model.sha256 == bench.base.sha256:
+    node = bench.control(at)
+    if node.sha256 == bench.base.sha256:
         return []
-    base, parts = members(model)
+    base, parts = members(node)
     with_it = [s for s in settings if s.coefficients[0] and any(s.coefficients[1:])]
     return [
-        Candidate("control alone", model.sha256, model.state, kind="control"),
-        *merges(bench, merger, base, parts, with_it, group, seed, "control"),
+        Candidate.of("control alone", node, "control"),
+        *merges(bench, at, base, parts, with_it, "control"),
     ]
 
 
-def refined(
-    bench: Workbench, candidate: Candidate, attack: Named[Attack], group: Group, seed: int
-) -> Candidate:
+def refined(bench: Workbench, at: Situation, candidate: Candidate) -> Candidate:
     """The candidate after the attack worked on it; what that took is stored under its content."""
-    content = sha(
-        "refined",
-        [bench.key, candidate.content, attack.spec, method_key(attack.method)],
-        group.model_dump(),
-        seed,
-    )
+    attack, group = at.attack, at.group
+    content = identity.refined(bench.key, candidate.content, attack, group, at.seed)
 
     def make() -> State:
         bench.notify(f"{attack.spec} on {candidate.name}")
         knowledge = bench.knowledge(attack, group)
         # The same draws for every candidate: the outside options get the same examples.
-        rng = generator("refine", attack.spec, group.victim, group.partners, seed)
-        start = candidate.build()
-        if isinstance(start, (ForeignState, PerTask)):
-            bench.store.put(f"spent:{content}", asdict(knowledge.budget))
-            return start  # no one model of this architecture to train: it stays as it is
-        state = attack.method.refine(start, knowledge, rng)
-        compatible(state, bench.evaluator.base, f"attack {attack.spec} after the merge")
+        rng = generator("refine", attack.spec, group.victim, group.partners, at.seed)
+        state = candidate.build()
+        # One model of this architecture can be trained; another stays as it is.
+        if not isinstance(state, (ForeignState, PerTask)):
+            with bench.guard.held(f"attack {attack.spec}"):
+                state = attack.method.refine(state, knowledge, rng)
+            compatible(state, bench.evaluator.base, f"attack {attack.spec} after the merge")
         bench.store.put(f"spent:{content}", asdict(knowledge.budget))
         return state
 

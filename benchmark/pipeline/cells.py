@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Mapping
 
+import numpy as np
+
 from benchmark.api.contracts import Access, Attack, Setting
 from benchmark.api.methods import Named, attack, defense, merger
-from benchmark.core.errors import AssetError
+from benchmark.core.errors import Tampered, described, stop_if_serious
 from benchmark.core.records import Cell, Hashes, Seconds, Spent
 from benchmark.core.state import digest
-from benchmark.evaluation.flags import of_release
-from benchmark.evaluation.scoring import (
-    UTILITY_GATE,
-    accuracies,
-    benefit,
-    gain,
-    normalized,
-    protection,
-)
+from benchmark.evaluation import flags
+from benchmark.evaluation.scoring import Gains, accuracies, gain, normalized
 from benchmark.evaluation.statistics import pack_bits, ratio_protection
 from benchmark.pipeline import benign
 from benchmark.pipeline import candidates as made
-from benchmark.pipeline.candidates import Candidate, Skip
-from benchmark.pipeline.freerider import FreeRider, Outcome
-from benchmark.pipeline.plan import Planned
-from benchmark.pipeline.suite import Group, Suite
-from benchmark.pipeline.workbench import Model, Workbench
-
-#: A full or unwritable disk says nothing about a method: it stops the run.
-MACHINE_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
+from benchmark.pipeline.candidates import Candidate
+from benchmark.pipeline.ensemble import Attackers, Solved
+from benchmark.pipeline.freerider import FreeRider, Outcome, Skip
+from benchmark.pipeline.nodes import Node
+from benchmark.pipeline.situation import Situation
+from benchmark.pipeline.suite import Suite
+from benchmark.pipeline.workbench import Workbench
 
 
 class CellMaker:
@@ -38,13 +31,15 @@ class CellMaker:
 
     def __init__(self, bench: Workbench, suite: Suite) -> None:
         self.bench = bench
-        self.rider = FreeRider(bench, suite)
         self.suite = suite
+        self.rider = FreeRider(bench, suite)
+        self.measure = self.rider.measure
+        self.attackers = Attackers(self.rider)
         self.none = defense("none")
         self.no_attack = attack("none")
         self.first_merger = merger(suite.mergers[0])
 
-    def compute(self, planned: Planned) -> Cell:
+    def compute(self, key: str, at: Situation) -> Cell:
         """The record of one cell. Whatever a method raises becomes status ``error``.
 
         Raises:
@@ -52,212 +47,208 @@ class CellMaker:
             AssetError: the testbed's data cannot be had.
             OSError: the disk is full or not writable.
         """
-        group = planned.group
-        self.rider.check(group)
-        access = max(planned.attack.method.access, planned.merger.method.access)
+        self.rider.check(at.group)
+        access = max(at.attack.method.access, at.merger.method.access)
         cell = Cell(
-            key=planned.key,
+            key=key,
             testbed=self.bench.name,
-            victim=group.victim,
-            partners=list(group.partners),
-            seed=planned.seed,
-            defense=planned.defense.spec,
-            attack=planned.attack.spec,
-            merger=planned.merger.spec,
+            victim=at.group.victim,
+            partners=list(at.group.partners),
+            seed=at.seed,
+            defense=at.defense.spec,
+            attack=at.attack.spec,
+            merger=at.merger.spec,
             access=access.label,
-            task_id=planned.merger.method.task_aware,
+            task_id=at.merger.method.task_aware,
+            changes_modules=at.defense.method.changes_modules,
             n_val=self.suite.validation_rungs[-1],
-            n_test=len(self.rider.rows(group.victim)),
+            n_test=len(self.rider.rows(at.group.victim)),
         )
         start = time.perf_counter()
         try:
-            self._fill(cell, planned)
+            self._fill(cell, at)
         except Skip as skip:
             cell.status, cell.reason = "skipped", str(skip)
-        except AssetError:
-            raise
+        except Tampered as error:
+            self._start_over()
+            cell = _failed(cell, error)
         except Exception as error:  # any failure of a method is an error, never protection
-            if isinstance(error, OSError) and error.errno in MACHINE_TROUBLE:
-                raise
-            cell.status = "error"
-            cell.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            stop_if_serious(error)
+            cell = _failed(cell, error)
         cell.seconds.evaluate = time.perf_counter() - start
         return cell
 
-    def _fill(self, cell: Cell, planned: Planned) -> None:
-        bench, rider = self.bench, self.rider
-        group, seed, merger = planned.group, planned.seed, planned.merger
-        rider.settings(merger, group)  # before any work: may raise Skip
-        expert = bench.expert(group.victim)
-        released = bench.released(planned.defense, group.victim, seed)
-        attack, cell.ensemble = rider.chosen(planned.defense, planned.attack, merger, group, seed)
-        recovered = bench.recovered(planned.defense, attack, group, seed)
+    def _start_over(self) -> None:
+        """Forget every State in memory: a method wrote to one of them, and they share tensors."""
+        bench = self.bench
+        bench.store.forget()
+        bench = Workbench(
+            Named(bench.name, bench.testbed), bench.evaluator.device, bench.store, bench.notify
+        )
+        CellMaker.__init__(self, bench, self.suite)
+
+    def _fill(self, cell: Cell, at: Situation) -> None:
+        bench = self.bench
+        settings = self.rider.settings(at.merger, at.group)  # before any work: may raise Skip
+        cell.one_coefficient = _one_coefficient(settings)
+        expert = bench.expert(at.group.victim)
+        released = bench.released(at.defense, at.group.victim, at.seed)
+        shipped = bench.shipped(at.defense, at.group.victim, at.seed)
+        facts = released.facts
+        cell.notes = dict(facts["notes"])
         cell.sha256 = Hashes(
-            base=bench.base.sha256,
-            expert=expert.sha256,
-            released=released.sha256,
-            recovered=recovered.sha256,
+            base=bench.base.sha256, expert=expert.sha256, released=facts["released"]
         )
         cell.qk_gauge = bench.anatomy.qk_gauge
-        cell.notes = dict(released.facts.get("notes", {}))
+        solved = self.attackers.solve(at)
+        recovered = bench.recovered(at.under(solved.attack))
+        cell.ensemble = solved.report
+        cell.sha256.recovered = recovered.sha256
         cell.seconds = Seconds(
             expert=expert.facts["seconds"],
             protect=released.facts["seconds"],
             recover=recovered.facts["seconds"],
+            merge=solved.outcome.seconds,
         )
-        shipped = bench.shipped(planned.defense, group.victim, seed)
-        self._alone(cell, planned, expert, shipped, recovered)
-        outside = rider.outside(planned.defense, planned.attack, merger, group, seed)
-        attacked = rider.situation(planned.defense, planned.attack, merger, group, seed)
-        undefended = max(
-            (
-                rider.situation(self.none, which, merger, group, seed)
-                for which in (self.no_attack, planned.attack)
-            ),
-            key=lambda outcome: outcome.score,
-        )
-        cell.budget = self._spent(attack, recovered.facts["budget"], attacked.spent, group)
-        cell.search = attacked.search
-        cell.seconds.merge = attacked.seconds
-        self._score(cell, attacked, undefended, outside, planned)
-        self._merged(cell, attacked, planned, attack)
-        if self._asks_for_tax(planned):
-            test, other = self.suite.test, group.partners[0]
-            cell.benign, notes = benign.tax(bench, shipped, expert, group.victim, other, test)
+        self._alone(cell, at, expert, shipped, recovered)
+        cell.budget = self._spent(at, solved, recovered.facts["budget"])
+        cell.search = solved.outcome.search
+        self._score(cell, at, solved)
+        self._merged(cell, at, solved.outcome)
+        self._fixed(cell, at.under(solved.attack), asked=at.attack)
+        if self._asks_for_tax(at):
+            cell.benign, notes = benign.tax(
+                self.measure, shipped, expert, at.group, self.suite.test
+            )
             cell.notes.update(notes)
-        cell.flags = self._flags(cell, planned, released, expert)
+        growth = self.measure.growth(released, expert)
+        cell.flags = flags.of_cell(cell, at.defense.method.card, growth=growth)
 
-    def _asks_for_tax(self, planned: Planned) -> bool:
+    def _asks_for_tax(self, at: Situation) -> bool:
         """Once per defense, victim and seed is enough: neither attack nor merger plays a part."""
-        plain = planned.attack.spec == self.no_attack.spec
-        return self.suite.benign and plain and planned.merger.spec == self.first_merger.spec
+        plain = at.attack.spec == self.no_attack.spec
+        return self.suite.benign and plain and at.merger.spec == self.first_merger.spec
 
-    def _spent(
-        self,
-        attack: Named[Attack],
-        before: Mapping[str, float],
-        after: Mapping[str, float],
-        group: Group,
-    ) -> Spent:
+    def _spent(self, at: Situation, solved: Solved, before: Mapping[str, float]) -> Spent:
         """What the attack used before and after the merge, together: each draws its own examples.
 
         Labelled examples per class are what its ``per_class`` says, its parts' added up; those of
         an attack without such a parameter are counted, spread over all classes.
         """
+        after, attack = solved.outcome.spent, solved.attack.method
         total = {k: before.get(k, 0) + after.get(k, 0) for k in {*before, *after}}
         spent = Spent.model_validate(total)
-        if attack.method.access >= Access.LABELED and spent.examples:
-            parts = getattr(attack.method, "parts", (attack.method,))
+        if attack.access >= Access.LABELED and spent.examples:
+            parts = getattr(attack, "parts", (attack,))
             named = sum(getattr(part, "per_class", 0) for part in parts)
-            tasks = (group.victim, *group.partners)
-            classes = sum(len(self.bench.evaluator.task(task).classes) for task in tasks)
+            classes = sum(len(self.bench.evaluator.task(task).classes) for task in at.tasks)
             spent.per_class = named or -(-spent.examples // classes)
         return spent
 
     def _alone(
-        self, cell: Cell, planned: Planned, expert: Model, shipped: Model, recovered: Model
+        self, cell: Cell, at: Situation, expert: Node, shipped: Node, recovered: Node
     ) -> None:
         """Base, expert, release as shipped and recovered model, each by itself."""
-        bench, group, victim = self.bench, planned.group, planned.group.victim
+        measure, victim = self.measure, at.group.victim
         rows = self.rider.rows(victim)
-        cell.expert_accuracy = accuracies(self.rider.experts(group, "test"))
-        base = Candidate("base", bench.base.sha256, bench.base.state)
-        cell.zero_shot = accuracies(self.rider.test(base, group))
-        cell.utility, cell.logit_gap = bench.alone(shipped, expert, victim, rows)
-        cell.bf16_gap = bench.in_bf16(shipped, victim)
-        cell.bf16_gap_expert = bench.in_bf16(expert, victim)
+        experts = self.rider.experts(at, "test")
+        base = self.rider.test(Candidate.of("base", self.bench.base), at.tasks)
+        cell.expert_accuracy, cell.zero_shot = accuracies(experts), accuracies(base)
+        cell.logit_gap = measure.gap(shipped, expert, victim, rows)
+        cell.recovered_gap = measure.gap(recovered, shipped, victim, rows)
+        cell.bf16_gap = measure.in_bf16(shipped, victim)
+        cell.bf16_gap_expert = measure.in_bf16(expert, victim)
+        released = measure.of(shipped, victim, "test", rows)
+        cell.utility = float(released.mean())
         cell.utility_drop = cell.expert_accuracy[victim] - cell.utility
-        cell.standalone, cell.recovered_gap = bench.alone(recovered, shipped, victim, rows)
+        cell.standalone = float(measure.of(recovered, victim, "test", rows).mean())
+        if cell.changes_modules:
+            # What attackers get are training inputs; the model is run the same way on both.
+            size = min(len(rows), len(measure.split(victim, "train")))
+            cell.seen = float(measure.of(shipped, victim, "train", range(size)).mean())
+        cell.correct = _packed(expert=experts, base=base, released={victim: released})
 
-    def _score(
-        self,
-        cell: Cell,
-        attacked: Outcome,
-        undefended: Outcome,
-        outside: Outcome,
-        planned: Planned,
-    ) -> None:
-        experts = self.rider.experts(planned.group, "test")
+    def _score(self, cell: Cell, at: Situation, solved: Solved) -> None:
+        attacked, outside, reference = solved.outcome, solved.outside, solved.reference
+        undefended = max(
+            (
+                self.attackers.solve(at.with_defense(self.none).under(which)).outcome
+                for which in (self.no_attack, at.attack)
+            ),
+            key=lambda outcome: outcome.score,
+        )
+        experts = self.rider.experts(at, "test")
         cell.choice = attacked.best.name
         cell.outside_choice = outside.best.name
         cell.setting = attacked.best.setting.to_dict() if attacked.best.setting else {}
         cell.accuracy = accuracies(attacked.correct)
         cell.normalized = normalized(cell.accuracy, cell.expert_accuracy)
-        cell.gain = gain(attacked.correct, experts)
-        cell.gain_undefended = gain(undefended.correct, experts)
-        cell.gain_outside = gain(outside.correct, experts)
-        cell.correct = {
-            name: {task: pack_bits(bits) for task, bits in outcomes.items()}
-            for name, outcomes in (
-                ("attacked", attacked.correct),
-                ("undefended", undefended.correct),
-                ("outside", outside.correct),
-                ("expert", experts),
-            )
+        found = {
+            "attacked": attacked.correct,
+            "undefended": undefended.correct,
+            "outside": outside.correct,
+            "reference": reference.correct,
         }
-        if benefit(cell.gain_undefended, cell.gain_outside) is None:
-            cell.status = "no-benefit"
-            cell.reason = "the undefended merge gains less than 0.02 over the outside option"
+        cell.correct |= _packed(**found)
+        gains = Gains(**{who: gain(correct, experts) for who, correct in found.items()})
+        cell.gain, cell.gain_undefended = gains.attacked, gains.undefended
+        cell.gain_outside, cell.gain_reference = gains.outside, gains.reference
+        cell.status, cell.protection = gains.status, gains.protection
+        if cell.status == "no-benefit":
+            cell.reason = "merging the undefended expert gains less than 0.02 over not merging it"
         else:
-            cell.protection = protection(cell.gain, cell.gain_undefended, cell.gain_outside)
             cell.protection_ci = ratio_protection(cell.correct, scope=cell.testbed).interval
 
-    def _merged(
-        self, cell: Cell, attacked: Outcome, planned: Planned, attack: Named[Attack]
-    ) -> None:
-        """The best merge that uses the victim, and merges at the papers' fixed coefficients."""
-        merge, group = attacked.merge, planned.group
-        if merge is not None and merge.setting is not None:
-            cell.merged_setting = merge.setting.to_dict()
-            if merge is attacked.best:
-                cell.merged_accuracy = cell.accuracy
-                cell.sha256.merged = str(
-                    self.bench.store.result(
-                        f"sha256:{merge.content}", lambda: digest(merge.build())
-                    )
-                )
-            elif planned.defense.spec == self.none.spec:
-                cell.merged_accuracy = accuracies(self.rider.test(merge, group))
-        self._fixed(cell, planned, attack)
-
-    def _fixed(self, cell: Cell, planned: Planned, attack: Named[Attack]) -> None:
-        """The merge at the papers' coefficients, after ``attack`` where the suite asks for that."""
-        everywhere, group, seed = self.suite.fixed_everywhere, planned.group, planned.seed
-        if not everywhere and planned.attack.spec != self.no_attack.spec:
+    def _merged(self, cell: Cell, at: Situation, attacked: Outcome) -> None:
+        """The best merge that uses the victim."""
+        merge = attacked.merge
+        if merge is None or merge.setting is None:
             return
-        bench = self.bench
-        base, parts = made.members(bench.recovered(planned.defense, attack, group, seed))
-        merger = planned.merger
-        merger = Named(merger.spec, attack.method.merging(merger.method, bench.anatomy))
-        settings = [Setting((c,) * len(parts)) for c in self.suite.fixed_coefficients]
-        tasks = (group.victim, *group.partners) if everywhere else (group.victim,)
-        options = made.merges(bench, merger, base, parts, settings, group, seed, "fixed")
-        for setting, option in zip(settings, options, strict=True):
-            if attack.method.refines:
-                option = made.refined(bench, option, attack, group, seed)
-            cell.fixed[f"{setting.coefficients[0]:g}"] = {
-                task: float(
-                    bench.bits(
-                        option.content, option.build, task, "test", self.rider.rows(task)
-                    ).mean()
-                )
-                for task in tasks
-            }
+        cell.merged_setting = merge.setting.to_dict()
+        if merge is attacked.best:
+            cell.merged_accuracy = cell.accuracy
+            cell.sha256.merged = str(
+                self.bench.store.result(f"sha256:{merge.content}", lambda: digest(merge.build()))
+            )
+        elif at.defense.spec == self.none.spec:
+            cell.merged_accuracy = accuracies(self.rider.test(merge, at.tasks))
 
-    def _flags(self, cell: Cell, planned: Planned, released: Model, expert: Model) -> list[str]:
-        undefended = planned.defense.spec == self.none.spec
-        lost = (cell.utility or 0.0) - (cell.standalone or 0.0)
-        raised = {
-            "no-benefit": cell.status == "no-benefit",
-            "utility-gate": (cell.utility_drop or 0.0) > UTILITY_GATE,
-            "destructive-attack": undefended and lost > UTILITY_GATE,
-            **of_release(
-                planned.defense.method.card,
-                self.bench.anatomy.qk_gauge,
-                cell.logit_gap,
-                self.bench.norm_growth(released, expert),
-                cell.bf16_gap,
-                cell.bf16_gap_expert,
-            ),
-        }
-        return [flag for flag, is_raised in raised.items() if is_raised]
+    def _fixed(self, cell: Cell, at: Situation, asked: Named[Attack]) -> None:
+        """The merge at the papers' coefficients, after the attack where the suite asks for that."""
+        everywhere, bench = self.suite.fixed_everywhere, self.bench
+        if not everywhere and asked.spec != self.no_attack.spec:
+            return
+        base, parts = made.members(bench.recovered(at))
+        at = made.merging(bench, at)
+        settings = [Setting((c,) * len(parts)) for c in self.suite.fixed_coefficients]
+        options = made.merges(bench, at, base, parts, settings, "fixed")
+        for setting, option in zip(settings, options, strict=True):
+            if at.attack.method.refines:
+                option = made.refined(bench, at, option)
+            tasks = at.tasks if everywhere else at.tasks[:1]
+            cell.fixed[f"{setting.coefficients[0]:g}"] = accuracies(self.rider.test(option, tasks))
+
+
+def _failed(cell: Cell, error: Exception) -> Cell:
+    """The cell without any figure: what was measured before it failed says nothing."""
+    kept = {name: getattr(cell, name) for name in _IDENTITY}
+    return Cell(**kept, status="error", reason=described(error))
+
+
+#: What a cell is the cell of.
+_IDENTITY = (
+    "key", "testbed", "victim", "partners", "seed", "defense", "attack", "merger", "access",
+    "task_id", "changes_modules", "n_val", "n_test",
+)  # fmt: skip
+
+
+def _packed(**correct: Mapping[str, np.ndarray]) -> dict[str, dict[str, str]]:
+    return {
+        who: {t: pack_bits(bits) for t, bits in tasks.items()} for who, tasks in correct.items()
+    }
+
+
+def _one_coefficient(settings: list[Setting]) -> bool:
+    """Whether the merger gives all members one coefficient, the same whatever is tried."""
+    used = {s.coefficients for s in settings if s.coefficients[0] and any(s.coefficients[1:])}
+    return len(used) == 1 and len(set(*used)) == 1 and not any(s.layers for s in settings)

@@ -1,22 +1,22 @@
-"""The search of an ensemble: which of its attacks does best on validation, cheaply."""
+"""What an attack gets, be it one or a search over many: an ensemble picks on validation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import numpy as np
 
 from benchmark.api import methods
-from benchmark.api.contracts import Attack, Defense, Ensemble, Merger, Setting
+from benchmark.api.contracts import Access, Attack, Ensemble, Setting
 from benchmark.api.methods import Named
-from benchmark.core.errors import MethodError, UnmergeBenchError, first_line
+from benchmark.core.errors import MethodError, described, stop_if_serious
 from benchmark.evaluation.scoring import accuracies
 from benchmark.pipeline import candidates as made
-from benchmark.pipeline.candidates import Candidate, Skip
-from benchmark.pipeline.suite import Group
-
-if TYPE_CHECKING:
-    from benchmark.pipeline.freerider import FreeRider
+from benchmark.pipeline.candidates import Candidate
+from benchmark.pipeline.freerider import FreeRider, Outcome
+from benchmark.pipeline.situation import Situation
 
 
 @dataclass
@@ -52,68 +52,166 @@ class Screening:
         }
 
 
-def screen(
-    rider: FreeRider,
-    defense: Named[Defense],
-    attack: Named[Attack],
-    merger: Named[Merger],
-    group: Group,
-    seed: int,
-    favourite: Setting | None,
-) -> Screening:
-    """The finalists of the ensemble ``attack``: its first candidate, and the best of the others.
+@dataclass(frozen=True)
+class Solved:
+    """What a free-rider got, with which single attack, over which outside option.
 
-    ``favourite``: the setting that is best for the undefended expert. A candidate that raises is
-    noted in ``failed`` and is out.
-
-    Raises:
-        MethodError: every candidate failed.
+    ``reference``: the outside option with the undefended expert as release, by the same means.
+    ``report``: what an ensemble did, else nothing.
     """
-    ensemble = cast(Ensemble, attack.method)
-    report = Screening(ensemble.version)
-    entries: dict[str, list[Candidate]] = {}
-    for spec in ensemble.candidates:
+
+    attack: Named[Attack]
+    outcome: Outcome
+    outside: Outcome
+    reference: Outcome
+    report: dict[str, object] = field(default_factory=dict)
+
+
+class Attackers:
+    """Every attack's result on one free-rider's testbed; an ensemble's choice is remembered."""
+
+    def __init__(self, rider: FreeRider) -> None:
+        self.rider = rider
+        self._solved: dict[tuple[object, ...], Solved] = {}
+        self._none = methods.defense("none"), methods.attack("none")
+
+    def solve(self, at: Situation) -> Solved:
+        """G(attacked) and G0 of a situation.
+
+        Raises:
+            MethodError: the attack failed, or every attack of an ensemble did.
+        """
+        if not isinstance(at.attack.method, Ensemble):
+            rider, open_ = self.rider, at.with_defense(self._none[0])
+            return Solved(at.attack, rider.solve(at), rider.outside(at), rider.outside(open_))
+        if at.names not in self._solved:
+            report = self._choose(at)
+            winner = at.under(methods.attack(report.winner))
+            outside = self._outside(at, report)
+            reference = self._outside(at.with_defense(self._none[0]), report)
+            outcome = self.rider.solve(winner, outside.best)
+            self._solved[at.names] = Solved(
+                winner.attack, outcome, outside, reference, report.to_dict()
+            )
+        return self._solved[at.names]
+
+    def undefended(self, at: Situation) -> Outcome:
+        """What the free-rider would have had if nothing defended the victim, unattacked."""
+        defense, attack = self._none
+        return self.rider.solve(replace(at, defense=defense, attack=attack))
+
+    def _choose(self, at: Situation) -> Screening:
+        ensemble = cast(Ensemble, at.attack.method)
+        first = ensemble.candidates[0]
+        report = Screening(ensemble.version)
+        if self._undone(at.under(methods.attack(first))):
+            found = self.rider.solve(at.under(methods.attack(first)))
+            report.finalists, report.winner, report.stopped = [first], first, True
+            report.searches[first] = found.search.passes
+        else:
+            self._screen(at, report)
+            self._final(at, report)
+        return report
+
+    def _undone(self, at: Situation) -> bool:
+        """Whether one attack alone leaves, on all of validation, no less than an undefended merge.
+
+        Then there is no protection left for another attack to take. Like AutoAttack, which spends
+        nothing more on an example that is already misclassified, this is the benchmark's knowledge
+        and not the attacker's: it saves time and never picks among attacks.
+        """
+        undefended = self.undefended(at)  # no attack's failure: it must not be passed over
         try:
-            entries[spec] = _entries(rider, defense, spec, merger, group, seed, favourite)
-        except (UnmergeBenchError, Skip) as error:
-            report.failed[spec] = first_line(error)
-    if not entries:
-        raise MethodError(f"every attack of {attack.spec} failed: {report.failed}")
-    rows = range(rider.suite.validation_rungs[0])
-    expert = accuracies(rider.experts(group, "validation"))
-    for spec, options in entries.items():
-        scores = [float(rider.validated(o, expert, [rows]).mean()) for o in options]
-        report.scores[spec] = round(max(scores), 4)
-        report.passes += len(options) * len(rows) * len(expert)
-    first, *others = entries
-    others.sort(key=lambda spec: -report.scores[spec])
-    report.finalists = [first, *others[: ensemble.challengers]]
-    each = len(rows) * len(expert)
-    report.shared = sum(len(entries[spec]) * each for spec in report.finalists)
-    return report
+            found = self.rider.solve(at)
+        except Exception as error:
+            stop_if_serious(error)
+            return False  # the screening says so, and goes on without it
+        return found.score >= undefended.score
 
+    def _outside(self, at: Situation, report: Screening) -> Outcome:
+        """G0 with all that the ensemble tried: the best over its attacks that could be run."""
+        ensemble = cast(Ensemble, at.attack.method)
+        parts = [methods.attack(spec) for spec in ensemble.candidates]
+        costly = [part for part in parts if part.method.access > Access.WEIGHTS]
+        if report.stopped or not costly:
+            return self.rider.outside(at.under(parts[0]))
+        found = []
+        for part in costly:
+            try:
+                found.append(self.rider.outside(at.under(part)))
+            except Exception as error:
+                stop_if_serious(error)
+                report.failed.setdefault(part.spec, described(error))
+        if not found:
+            return self.rider.outside(at.under(parts[0]))
+        return max(found, key=lambda outcome: outcome.score)
 
-def _entries(
-    rider: FreeRider,
-    defense: Named[Defense],
-    spec: str,
-    merger: Named[Merger],
-    group: Group,
-    seed: int,
-    favourite: Setting | None,
-) -> list[Candidate]:
-    """The merges of one candidate that screening looks at, refined if the attack refines."""
-    attack = methods.attack(spec)
-    wrapped = Named(merger.spec, attack.method.merging(merger.method, rider.bench.anatomy))
-    settings = representative(rider.settings(wrapped, group), favourite)
-    base, parts = made.members(rider.bench.recovered(defense, attack, group, seed))
-    options = made.merges(rider.bench, wrapped, base, parts, settings, group, seed, "merge")
-    if attack.method.refines:
-        # One is enough to compare: what refining repairs does not hang on the setting.
-        options = [made.refined(rider.bench, options[0], attack, group, seed)]
-    for option in options:
-        option.build()  # a failure shows here, where it is noted
-    return options
+    def _screen(self, at: Situation, report: Screening) -> None:
+        """Score every candidate over the first rung; the best of the others join the first.
+
+        A candidate that raises, whatever it raises, is noted and is out.
+
+        Raises:
+            MethodError: every candidate failed.
+        """
+        ensemble, rider = cast(Ensemble, at.attack.method), self.rider
+        merge = self.undefended(at).merge
+        favourite = merge.setting if merge else None
+        rows = range(rider.suite.validation_rungs[0])
+        expert = accuracies(rider.experts(at, "validation"))
+        tried: dict[str, int] = {}
+        for spec in ensemble.candidates:
+            try:
+                scores = [
+                    float(rider.validated(option, expert, [rows]).mean())
+                    for option in self._entries(at.under(methods.attack(spec)), favourite)
+                ]
+            except Exception as error:
+                stop_if_serious(error)
+                report.failed[spec] = described(error)
+                continue
+            report.scores[spec] = round(max(scores), 4)
+            tried[spec] = len(scores) * len(rows) * len(expert)
+        if not tried:
+            raise MethodError(f"every attack of {at.attack.spec} failed: {report.failed}")
+        first, *others = tried
+        others.sort(key=lambda spec: -report.scores[spec])
+        report.finalists = [first, *others[: ensemble.challengers]]
+        report.passes = sum(tried.values())
+        report.shared = sum(tried[spec] for spec in report.finalists)
+
+    def _entries(self, at: Situation, favourite: Setting | None) -> list[Candidate]:
+        """The merges of one candidate that screening looks at, refined if the attack refines."""
+        bench = self.rider.bench
+        base, parts = made.members(bench.recovered(at))
+        at = made.merging(bench, at)
+        settings = representative(self.rider.settings(at.merger, at.group), favourite)
+        options = made.merges(bench, at, base, parts, settings, "merge")
+        if at.attack.method.refines:
+            # One is enough to compare: what refining repairs does not hang on the setting.
+            options = [made.refined(bench, at, options[0])]
+        return options
+
+    def _final(self, at: Situation, report: Screening) -> None:
+        """Each finalist's whole search; a challenger must beat the first by a standard error."""
+        rider = self.rider
+        expert = accuracies(rider.experts(at, "validation"))
+        leading: np.ndarray | None = None
+        for spec in report.finalists:
+            try:
+                outcome = rider.solve(at.under(methods.attack(spec)))
+                mine = rider.validated(outcome.best, expert, rider.rungs())
+            except Exception as error:
+                stop_if_serious(error)
+                report.failed[spec] = described(error)
+                continue
+            report.searches[spec] = outcome.search.passes
+            gap = 0.0 if leading is None else mine - leading
+            error_of_mean = np.std(gap, ddof=1) / len(mine) ** 0.5 if leading is not None else 0.0
+            if leading is None or np.mean(gap) > error_of_mean:
+                report.winner, leading = spec, mine
+        if not report.winner:
+            raise MethodError(f"every finalist failed: {report.failed}")
 
 
 def representative(settings: Sequence[Setting], favourite: Setting | None) -> list[Setting]:

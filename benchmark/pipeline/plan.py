@@ -9,25 +9,25 @@ from itertools import product
 import torch
 
 from benchmark.api import methods
-from benchmark.api.contracts import Attack, Defense, Merger, Testbed
+from benchmark.api.contracts import Testbed
 from benchmark.api.methods import Named
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UsageError
-from benchmark.pipeline.fingerprint import sha, source_hash
-from benchmark.pipeline.suite import Group, Suite
-from benchmark.pipeline.workbench import method_key, testbed_key
+from benchmark.pipeline import apart, identity
+from benchmark.pipeline.situation import Situation
+from benchmark.pipeline.suite import Suite
+
+#: What a defense that changes modules must stand, whatever the suite asks: its shipped tensors and
+#: its forward are public.
+OF_MODULES = ("read-shipped", "auto(tier=unlabeled)")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One cell to compute."""
+    """One cell to compute, and the key of everything that determines it."""
 
     key: str
-    group: Group
-    seed: int
-    defense: Named[Defense]
-    attack: Named[Attack]
-    merger: Named[Merger]
+    at: Situation
 
 
 @dataclass(frozen=True)
@@ -56,27 +56,26 @@ def make(suite: Suite, device: torch.device) -> Plan:
             if task not in testbed.method.tasks:
                 hint = did_you_mean(task, testbed.method.tasks)
                 raise UsageError(f"testbed {testbed.spec} has no task {task!r}{hint}")
-    defenses = unique(methods.defense(spec) for spec in suite.defenses)
+    defenses = unique(apart.defense(spec) for spec in suite.defenses)
     attacks = unique(methods.attack(spec) for spec in suite.attacks)
     mergers = unique(methods.merger(spec) for spec in suite.mergers)
-    common = [
-        testbed_key(testbed.method, device),
-        suite.test,
-        suite.validation_rungs,
-        suite.fixed_coefficients,
-        source_hash("benchmark.pipeline.cells"),
-        *([mergers[0].spec] if suite.benign else []),  # its cells hold the tax
-        *(["fixed_everywhere"] if suite.fixed_everywhere else []),
-    ]
+    changed = any(part.method.changes_modules for part in defenses)
+    more = map(methods.attack, OF_MODULES) if changed else ()
+    of_modules = [part for part in more if part not in attacks]
+    bench = identity.testbed(testbed.method, device)
+    question = identity.question(bench, suite, mergers[0].spec)
+    keys = {
+        id(part): [part.spec, identity.method(part.method)]
+        for part in (*defenses, *attacks, *mergers, *of_modules)
+    }
     cells = []
     for group, seed, defense in product(suite.groups, suite.seeds, defenses):
+        asked = [*attacks, *of_modules] if defense.method.changes_modules else attacks
         # Attack outside merger: what an attack recovered is in memory for every merger.
-        for attack, merger in product(attacks, mergers):
-            key = sha(
-                "cell", common, group.model_dump(), seed,
-                [[m.spec, method_key(m.method)] for m in (defense, attack, merger)],
-            )  # fmt: skip
-            cells.append(Planned(key, group, seed, defense, attack, merger))
+        for attack, merger in product(asked, mergers):
+            parts = [keys[id(part)] for part in (defense, attack, merger)]
+            key = identity.cell(question, group, seed, parts)
+            cells.append(Planned(key, Situation(group, seed, defense, attack, merger)))
     return Plan(suite, testbed, tuple(cells))
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,18 +19,9 @@ from pydantic import ValidationError
 from benchmark.core.errors import UnmergeBenchError, UsageError
 from benchmark.core.paths import cache, replacing, write_text
 from benchmark.core.records import SCHEMA_VERSION, Cell
+from benchmark.pipeline import apart, identity
 from benchmark.pipeline.plan import Plan, Planned
 from benchmark.pipeline.store import Store
-
-PACKAGES = (
-    "unmergebench",
-    "torch",
-    "transformers",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "safetensors",
-)
 
 #: Hears (finished cells, all cells, newest cell or None) and what is being done now.
 Progress = Callable[[int, int, Cell | None], None]
@@ -81,8 +72,11 @@ def execute(
     *,
     progress: Progress = lambda done, total, cell: None,
     notify: Callable[[str], None] = lambda text: None,
+    facts: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """Compute what is missing and return all cells, in plan order.
+
+    ``facts``: what else run.json is to hold.
 
     Raises:
         UsageError: the folder holds something else, or a run of another suite.
@@ -92,7 +86,7 @@ def execute(
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         with lock:
-            return _execute(plan, folder, device, progress, notify)
+            return _execute(plan, folder, device, progress, notify, facts or {})
     except Timeout:
         raise UnmergeBenchError(f"another process is writing {folder}; wait for it") from None
 
@@ -103,6 +97,7 @@ def _execute(
     device: torch.device,
     progress: Progress,
     notify: Callable[[str], None],
+    facts: Mapping[str, Any],
 ) -> list[Cell]:
     path = folder / "cells.jsonl"
     wanted = {planned.key for planned in plan.cells}
@@ -112,7 +107,7 @@ def _execute(
     if len(known) == len(wanted) and [c.key for c in before] == [p.key for p in plan.cells]:
         return before
     start = time.perf_counter()
-    _write_run(plan, folder, device, None)
+    _write_run(plan, folder, device, None, facts)
     _write_cells(path, list(known.values()))
     store = Store(cache() / "store")
     try:
@@ -128,10 +123,11 @@ def _execute(
                 file.write(cell.model_dump_json() + "\n")
             progress(done + 1, len(plan.cells), cell)
     finally:
+        apart.close()
         store.close()
     cells = [known[planned.key] for planned in plan.cells]
     _write_cells(path, cells)
-    _write_run(plan, folder, device, time.perf_counter() - start)
+    _write_run(plan, folder, device, time.perf_counter() - start, facts)
     return cells
 
 
@@ -146,7 +142,7 @@ def _cell(planned: Planned, store: Store, maker: Any) -> Cell:
     stored = store.get(f"cell:{planned.key}")
     if stored is not None:
         return Cell.model_validate(stored)
-    cell: Cell = maker.compute(planned)
+    cell: Cell = maker.compute(planned.key, planned.at)
     if cell.status != "error":
         store.put(f"cell:{planned.key}", cell.model_dump(mode="json"))
     return cell
@@ -174,7 +170,13 @@ def _write_cells(path: Path, cells: Sequence[Cell]) -> None:
         temporary.write_text("".join(c.model_dump_json() + "\n" for c in cells), encoding="utf-8")
 
 
-def _write_run(plan: Plan, folder: Path, device: torch.device, seconds: float | None) -> None:
+def _write_run(
+    plan: Plan,
+    folder: Path,
+    device: torch.device,
+    seconds: float | None,
+    facts: Mapping[str, Any],
+) -> None:
     import json
 
     record = {
@@ -193,8 +195,9 @@ def _write_run(plan: Plan, folder: Path, device: torch.device, seconds: float | 
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {"unmergebench": metadata.version("unmergebench"), **identity.versions()},
         "git": _git(),
+        **facts,
     }
     write_text(folder / "run.json", json.dumps(record, indent=2) + "\n")
 

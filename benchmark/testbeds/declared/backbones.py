@@ -18,8 +18,8 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,10 @@ class Backbone(ABC):
     def forward(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         """(n, d) unit features of ``inputs``, differentiable, in cache-sized chunks."""
         return nn.functional.normalize(self._run(state, inputs), dim=-1)
+
+    def bare(self) -> Self:
+        """The same without weights and texts: all that ``forward`` needs, and it pickles."""
+        return replace(self, weights=dict)
 
     @abstractmethod
     def prepare(self, rows: Sequence[Any]) -> dict[str, Tensor]:
@@ -118,6 +122,15 @@ class Backbone(ABC):
         return {}
 
 
+# By name, and not as lambdas, so that backbones pickle.
+def _as_it_is(output: Any) -> Tensor:
+    return output
+
+
+def _no_tokens(texts: Sequence[str]) -> dict[str, Tensor]:
+    return {}
+
+
 @dataclass(frozen=True, eq=False)
 class ImageBackbone(Backbone):
     """Inputs: ``pixel_values`` (n, 3, side, side), uint8 as prepared, or float already normalised.
@@ -127,7 +140,7 @@ class ImageBackbone(Backbone):
     """
 
     pixels: Pixels = field(default_factory=Pixels)
-    pool: Callable[[Any], Tensor] = lambda output: output
+    pool: Callable[[Any], Tensor] = _as_it_is
     argument: str = "pixel_values"
     extra: Mapping[str, Any] = field(default_factory=dict)
     texts: Embed | None = None
@@ -136,6 +149,9 @@ class ImageBackbone(Backbone):
     @property
     def embed(self) -> Embed | None:
         return self.texts
+
+    def bare(self) -> Self:
+        return replace(super().bare(), texts=None)
 
     def prepare(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         return {"pixel_values": self.pixels.prepare(rows)}
@@ -161,7 +177,7 @@ class TextBackbone(Backbone):
     ``tokenize(texts)`` makes them. Its own ``embed`` is the base, so label names make heads.
     """
 
-    tokenize: Callable[[Sequence[str]], dict[str, Tensor]] = lambda texts: {}
+    tokenize: Callable[[Sequence[str]], dict[str, Tensor]] = _no_tokens
     pooling: Pooling = "mean"
     extra: Mapping[str, Any] = field(default_factory=dict)
     kind: ClassVar[Literal["text"]] = "text"
@@ -173,6 +189,9 @@ class TextBackbone(Backbone):
             return self.forward(self.base(), self.prepare(texts))
 
         return embed
+
+    def bare(self) -> Self:
+        return replace(super().bare(), tokenize=_no_tokens)
 
     def prepare(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         return self.tokenize([str(row) for row in rows])

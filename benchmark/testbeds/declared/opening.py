@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import json
+import operator
 import re
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def _open(place: Place, wanted: Input, content: str) -> Backbone:
         return ImageBackbone(
             **common,
             pixels=_pixels(path, config, wanted),
-            pool=lambda output: output.image_embeds,
+            pool=operator.attrgetter("image_embeds"),
             extra=_resized(parts.module, config, wanted.side),
             texts=functools.partial(words.clip_texts, path) if parts.has_text else None,
         )

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.api.contracts import Card, Testbed
+from benchmark.api.contracts import Arena, Card, Testbed
 from benchmark.api.recipe import Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.data import Split, Task
@@ -110,6 +110,9 @@ class Declared(Testbed):
     def module(self) -> torch.nn.Module:
         return self.backbone.module
 
+    def arena(self) -> Arena:
+        return Opened(self.backbone.bare())
+
     def initialise(self, rng: torch.Generator) -> State:
         return self.backbone.initialise(rng)
 
@@ -200,6 +203,19 @@ class Declared(Testbed):
         rest = {k: v for k, v in given.items() if k not in ("name", "task", "recipe", "summary")}
         summary = spec.summary or self.card.summary
         return {"name": spec.name, "summary": summary, **rest, "recipe": recipe, "tasks": tasks}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The model of a declared testbed, without its files."""
+
+    backbone: Backbone
+
+    def module(self) -> torch.nn.Module:
+        return self.backbone.module
+
+    def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.backbone.forward(state, inputs)
 
 
 @functools.lru_cache(maxsize=16)
