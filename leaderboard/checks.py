@@ -15,6 +15,7 @@ from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell
 from benchmark.pipeline import suite as suites
 from benchmark.pipeline.plan import OF_MODULES, unique
+from benchmark.pipeline.suite import Suite
 from leaderboard import figures, trust
 from leaderboard.certificates import same_release, without_merit
 from leaderboard.entry import Certificate, Entry, asked_of, measured
@@ -31,7 +32,7 @@ def problems(entry: Entry) -> list[str]:
     if found := list(_of_suite(entry)):
         return found
     found = [*_of_places(entry), *_of_subjects(entry), *_of_sharing(entry)]
-    wanted = set(mandatory(entry))
+    wanted = set(_asked(entry))
     found += _of_cells(entry, [cell for cell in entry.cells if place(cell) in wanted])
     for number, certificate in enumerate(entry.certificates, start=1):
         found += [f"certificate {number}: {p}" for p in _of_certificate(entry, certificate)]
@@ -44,15 +45,14 @@ def place(cell: Cell) -> Place:
     return cell.victim, tuple(cell.partners), cell.seed, cell.attack, cell.merger
 
 
-def mandatory(entry: Entry) -> list[Place]:
-    """Every place of the entry's suite; foreign modules must stand more attacks.
+def mandatory(suite: Suite, *, changes_modules: bool = False) -> list[Place]:
+    """Every place of a suite, for one defense.
 
     Raises:
         UsageError: an attack or merger that does not ship with UnmergeBench.
     """
-    suite = entry.suite.definition
-    more = OF_MODULES if any(cell.changes_modules for cell in entry.cells) else ()
-    attacks = unique(trust.attack(spec) for spec in (*suite.attacks, *more))
+    asked = (*suite.attacks, *(OF_MODULES if changes_modules else ()))
+    attacks = unique(trust.attack(spec) for spec in asked)
     mergers = unique(trust.merger(spec) for spec in suite.mergers)
     return [
         (group.victim, tuple(group.partners), seed, attack.spec, merger.spec)
@@ -61,6 +61,12 @@ def mandatory(entry: Entry) -> list[Place]:
         for attack in attacks
         for merger in mergers
     ]
+
+
+def _asked(entry: Entry) -> list[Place]:
+    """The places that the entry's suite asks of a defense of its track."""
+    foreign = any(cell.changes_modules for cell in entry.cells)
+    return mandatory(entry.suite.definition, changes_modules=foreign)
 
 
 def _of_suite(entry: Entry) -> Iterator[str]:
@@ -79,7 +85,7 @@ def _of_suite(entry: Entry) -> Iterator[str]:
 
 
 def _of_places(entry: Entry) -> Iterator[str]:
-    wanted = mandatory(entry)
+    wanted = _asked(entry)
     found = [place(cell) for cell in entry.cells]
     if len(set(found)) != len(found):
         yield f"{len(found) - len(set(found))} cells stand twice"

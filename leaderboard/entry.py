@@ -23,10 +23,10 @@ from pydantic import (
 
 from benchmark.api.contracts import Card
 from benchmark.core.errors import UnmergeBenchError
+from benchmark.core.keys import sha
 from benchmark.core.records import Cell
 from benchmark.evaluation.scoring import Gains
 from benchmark.evaluation.statistics import MODELS, unpack_bits
-from benchmark.pipeline.identity import sha
 from benchmark.pipeline.suite import Suite
 from leaderboard.strict import UNSEEN
 

@@ -78,8 +78,8 @@ def again(suite: Suite, stated: Cell, scratch: Path, notify: Callable[[str], Non
     )
     device = torch.device("cpu")
     plan = planning.make(suite, device)
-    asked = stated.attack, stated.merger  # foreign modules are asked about more attacks
-    cells = tuple(p for p in plan.cells if (p.at.attack.spec, p.at.merger.spec) == asked)
+    wanted = stated.attack, stated.merger
+    cells = tuple(p for p in plan.cells if (p.at.attack.spec, p.at.merger.spec) == wanted)
     narrowed = planning.Plan(plan.suite, plan.testbed, cells)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         (found,) = running.execute(narrowed, Path(folder) / "run", device, notify=notify)

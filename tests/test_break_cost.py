@@ -200,7 +200,7 @@ def test_the_shipped_suite_covers_the_curve() -> None:
     plan = planning.make(load("breakcost"), CPU)
     counts = {
         sum(getattr(part, "per_class", 0) for part in getattr(a, "parts", (a,)))
-        for a in (planned.attack.method for planned in plan.cells)
+        for a in (planned.at.attack.method for planned in plan.cells)
     }
     assert counts == {0, 1, 2, 4, 8, 16, 64}
     assert load("breakcost").benign

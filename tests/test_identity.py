@@ -16,13 +16,13 @@ from benchmark.api import methods
 from benchmark.api.contracts import Card, Merger, Setting
 from benchmark.api.methods import Named
 from benchmark.core import sources
+from benchmark.core.keys import sha
 from benchmark.core.state import State
 from benchmark.merging.linear import TaskArithmetic
 from benchmark.merging.wrapped import WrappedMerger
 from benchmark.pipeline import identity
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline.candidates import Part, merges
-from benchmark.pipeline.identity import sha
 from benchmark.pipeline.situation import Situation
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.suite import Group, Suite, load

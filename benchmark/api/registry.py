@@ -22,6 +22,7 @@ from benchmark.core.errors import UsageError
 
 T = TypeVar("T")
 _DISTRIBUTION = "unmergebench"
+_LOADED = "_unmergebench_"  # begins the name of a module that was loaded by its file
 _FILE = re.compile(r"^(?P<path>.+\.py):(?P<cls>\w+)$")
 
 
@@ -131,11 +132,18 @@ class Registry(Generic[T]):
         return self.kind.removesuffix("s")
 
 
+def file_spec(cls: type) -> str | None:
+    """The ``file.py:Class`` by which ``cls`` was loaded; None for one that can be imported."""
+    if not cls.__module__.startswith(_LOADED):
+        return None
+    return f"{sys.modules[cls.__module__].__file__}:{cls.__qualname__}"
+
+
 def _from_file(path: Path, cls: str) -> type:
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
     # The name depends on the content: an edited file is loaded afresh, and pickles find the module.
-    name = f"_unmergebench_{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    name = f"{_LOADED}{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     if name not in sys.modules:
         module_spec = importlib.util.spec_from_file_location(name, path.resolve())
         assert module_spec is not None

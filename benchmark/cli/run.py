@@ -98,7 +98,7 @@ def run(
         raise Interrupted(
             f"interrupted; what was finished is in {out}, the same command resumes"
         ) from None
-    own = {planned.defense.spec: planned.defense.method.card for planned in plan.cells}
+    own = {planned.at.defense.spec: planned.at.defense.method.card for planned in plan.cells}
     _report(out, cells, as_json, own.__getitem__)
     if not as_json:
         print(f"\n{len(cells)} cells in {out} ({time.perf_counter() - start:.0f} s this time); "
@@ -144,12 +144,12 @@ def _report(
 def _show_plan(plan: Any, out: Path, as_json: bool) -> None:
     rows = [
         {
-            "victim": cell.group.victim,
-            "partners": list(cell.group.partners),
-            "seed": cell.seed,
-            "defense": cell.defense.spec,
-            "attack": cell.attack.spec,
-            "merger": cell.merger.spec,
+            "victim": cell.at.group.victim,
+            "partners": list(cell.at.group.partners),
+            "seed": cell.at.seed,
+            "defense": cell.at.defense.spec,
+            "attack": cell.at.attack.spec,
+            "merger": cell.at.merger.spec,
         }
         for cell in plan.cells
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Access, Knowledge, Merger, Setting
 from benchmark.core.state import State, with_variances
 from benchmark.io.folders import Checkpoint
@@ -50,5 +51,5 @@ def merge_folders(
         return merger.merge_folders(base, folders, experts, setting, rng)
     knowledge = None
     if merger.reads_anatomy:
-        knowledge = Knowledge(Access.WEIGHTS, base.state, experts, base.anatomy)
+        knowledge = Knowledge(Access.WEIGHTS, base.state, experts, Anatomy.of(base.model))
     return with_variances(merger.merge(base.state, experts, setting, knowledge, rng)), {}

@@ -68,7 +68,7 @@ def _hashes(state: Mapping[str, Tensor]) -> dict[str, int]:
     """A hash of each tensor's bits, fast enough to be taken after every node."""
     return {
         key: xxhash.xxh3_64_intdigest(
-            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         )
         for key, value in state.items()
     }

@@ -23,7 +23,6 @@ equal models share outcomes; where code of its own runs it, it is the key of the
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -36,6 +35,7 @@ from benchmark.api import methods
 from benchmark.api.contracts import Ensemble, Testbed
 from benchmark.api.methods import Named
 from benchmark.api.specs import parameters
+from benchmark.core.keys import sha
 from benchmark.core.sources import fingerprint as source_hash
 
 if TYPE_CHECKING:
@@ -46,12 +46,6 @@ FORWARD = (
     "torch", "torchvision", "transformers", "open_clip_torch", "timm", "peft", "tokenizers",
     "numpy", "scipy", "scikit-learn", "safetensors", "pillow",
 )  # fmt: skip
-
-
-def sha(*parts: Any) -> str:
-    """sha256 of a JSON rendering of ``parts``: the key of whatever they determine."""
-    text = json.dumps(parts, sort_keys=True, default=str, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 import torch
 
 from benchmark.api import methods
-from benchmark.api.contracts import Testbed
+from benchmark.api.contracts import Attack, Testbed
 from benchmark.api.methods import Named
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UsageError
@@ -44,6 +44,12 @@ def unique(parts: Iterable[Named]) -> list[Named]:
     return list({part.spec: part for part in parts}.values())
 
 
+def attacks(suite: Suite, *, changes_modules: bool = False) -> list[Named[Attack]]:
+    """The attacks that a defense must stand under a suite."""
+    more = OF_MODULES if changes_modules else ()
+    return unique(methods.attack(spec) for spec in (*suite.attacks, *more))
+
+
 def make(suite: Suite, device: torch.device) -> Plan:
     """Resolve every name of a suite.
 
@@ -57,22 +63,21 @@ def make(suite: Suite, device: torch.device) -> Plan:
                 hint = did_you_mean(task, testbed.method.tasks)
                 raise UsageError(f"testbed {testbed.spec} has no task {task!r}{hint}")
     defenses = unique(apart.defense(spec) for spec in suite.defenses)
-    attacks = unique(methods.attack(spec) for spec in suite.attacks)
     mergers = unique(methods.merger(spec) for spec in suite.mergers)
-    changed = any(part.method.changes_modules for part in defenses)
-    more = map(methods.attack, OF_MODULES) if changed else ()
-    of_modules = [part for part in more if part not in attacks]
+    asked = {
+        changes: attacks(suite, changes_modules=changes)
+        for changes in {part.method.changes_modules for part in defenses}
+    }
     bench = identity.testbed(testbed.method, device)
     question = identity.question(bench, suite, mergers[0].spec)
     keys = {
         id(part): [part.spec, identity.method(part.method)]
-        for part in (*defenses, *attacks, *mergers, *of_modules)
+        for part in chain(defenses, mergers, *asked.values())
     }
     cells = []
     for group, seed, defense in product(suite.groups, suite.seeds, defenses):
-        asked = [*attacks, *of_modules] if defense.method.changes_modules else attacks
         # Attack outside merger: what an attack recovered is in memory for every merger.
-        for attack, merger in product(asked, mergers):
+        for attack, merger in product(asked[defense.method.changes_modules], mergers):
             parts = [keys[id(part)] for part in (defense, attack, merger)]
             key = identity.cell(question, group, seed, parts)
             cells.append(Planned(key, Situation(group, seed, defense, attack, merger)))

@@ -22,9 +22,9 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from benchmark.core.keys import sha
 from benchmark.core.paths import replacing
 from benchmark.core.state import State, digest
-from benchmark.pipeline.identity import sha
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UsageError
-from benchmark.pipeline.identity import sha
+from benchmark.core.keys import sha
 from benchmark.pipeline.published import Published
 
 

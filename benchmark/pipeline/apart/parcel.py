@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,7 +13,7 @@ from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Arena, Testbed, Victim
 from benchmark.api.recipe import Recipe
 from benchmark.core.data import Task
-from benchmark.core.errors import UsageError, first_line
+from benchmark.core.errors import UnmergeBenchError, UsageError, first_line
 from benchmark.core.state import State
 
 
@@ -57,11 +58,16 @@ class Parcel:
 
         Raises:
             UsageError: the testbed's model does not pickle.
+            UnmergeBenchError: the disk is full.
         """
         try:
             torch.save(self, path)
-        except (AttributeError, TypeError, RuntimeError) as error:
-            # OSError, of a full disk, is the caller's.
+        except RuntimeError as error:  # torch's word for a full disk
+            raise UnmergeBenchError(
+                f"cannot write {path} ({first_line(error)}); free some space, or name another "
+                "folder in TMPDIR"
+            ) from error
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise UsageError(
                 f"this testbed's model cannot be sent to a process of its own "
                 f"({first_line(error)}); give the testbed an arena() that pickles"

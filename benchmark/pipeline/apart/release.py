@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Testbed, Victim
+from benchmark.api.registry import file_spec
 from benchmark.core.errors import MethodError
 from benchmark.core.paths import replacing
 from benchmark.core.state import ForeignState, State, digest, to_device
@@ -117,9 +118,15 @@ class _Request:
             "step": trainings.step,
         }
         process = serving(self.method, self.bound)
-        threads = torch.get_num_threads()
         try:
-            said = process.ask(do, answers, folder=str(self.path), rng=self._rng, threads=threads)
+            said = process.ask(
+                do,
+                answers,
+                folder=str(self.path),
+                testbed=file_spec(type(self._testbed)),
+                rng=self._rng,
+                threads=torch.get_num_threads(),
+            )
         finally:
             trainings.keep()
         state = self.taken("release")
