@@ -133,7 +133,7 @@ def _of_sharing(entry: Entry) -> Iterator[str]:
             seen[f"{name} of the release", *release].add(getattr(cell, name))
         seen["bf16_gap_expert of the expert", cell.victim].add(cell.bf16_gap_expert)
         seen["qk_gauge of the testbed", cell.testbed].add(cell.qk_gauge)
-        if _free(cell.attack):
+        if buys_nothing(cell.attack):
             group = cell.victim, tuple(cell.partners), cell.seed, cell.merger
             seen["outside_choice of attacks with weights alone", *group].add(cell.outside_choice)
             for who in ("outside", "reference"):
@@ -144,7 +144,7 @@ def _of_sharing(entry: Entry) -> Iterator[str]:
             yield f"{what} for {', '.join(map(str, where))} differ between cells"
 
 
-def _free(spec: str) -> bool:
+def buys_nothing(spec: str) -> bool:
     """Whether an attack of ours buys nothing: with it a free-rider has the same outside options."""
     try:
         return trust.attack(spec).method.access == Access.WEIGHTS

@@ -15,6 +15,8 @@ from fractions import Fraction
 from math import ceil
 
 from benchmark.core.records import Cell
+from benchmark.evaluation.scoring import Gains
+from leaderboard import noise
 from leaderboard.entry import measured
 from leaderboard.noise import Leaning, difference, flips
 
@@ -48,6 +50,7 @@ def differences(stated: Cell, found: Cell) -> Iterator[str]:
         return
     yield from _facts(stated, found)
     yield from _outcomes(stated, found)
+    yield from _protection(stated, found)
     yield from _shares(stated, found)
     yield from _gaps(stated, found)
     if not _other_winner(stated, found):
@@ -121,6 +124,29 @@ def _outcomes(stated: Cell, found: Cell) -> Iterator[str]:
             yield f"outcomes of {group} {problem}"
 
 
+def _protection(stated: Cell, found: Cell) -> Iterator[str]:
+    """What the outcomes come to, where the same candidates were chosen and the same rule applies:
+    a release that leaves just no benefit has protection 0, and one that leaves a little has not."""
+    here, there = Gains.of(found), Gains.of(stated)
+    if here is None or there is None or _tied(stated, found) or here.emptied != there.emptied:
+        return
+    if found.protection is None or stated.protection is None:
+        return
+    may = may_differ(found)
+    if abs(found.protection - stated.protection) > may:
+        yield (
+            f"protection is {found.protection:.3f}, stated {stated.protection:.3f}, "
+            f"which may be {may:.3f} apart"
+        )
+
+
+def may_differ(found: Cell) -> float:
+    """By how much protection may differ from that of a measured cell made here."""
+    gains = Gains.of(found)
+    assert gains is not None
+    return noise.protection(gains, list(found.expert_accuracy.values()), found.n_test)
+
+
 def _percent(net: int, n: int) -> str:
     return f"{100 * net / n:+.1f} points"
 
@@ -130,8 +156,11 @@ def _tied(stated: Cell, found: Cell) -> dict[str, tuple[float, float]]:
     tied = {}
     if _choice(stated) != _choice(found):
         tied["attacked"] = (found.gain or 0.0, stated.gain or 0.0)
-    if stated.outside_choice != found.outside_choice:
+    stopped = stated.ensemble.get("stopped") != found.ensemble.get("stopped")
+    if stopped or stated.outside_choice != found.outside_choice:
         tied["outside"] = (found.gain_outside or 0.0, stated.gain_outside or 0.0)
+    if stopped:  # an ensemble that stops at once buys nothing, for the reference either
+        tied["reference"] = (found.gain_reference or 0.0, stated.gain_reference or 0.0)
     return tied
 
 

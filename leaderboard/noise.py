@@ -108,17 +108,14 @@ class Leaning:
         return ""
 
 
-def protection_may_differ(gains: Gains, experts: Sequence[float], n: int) -> float:
-    """How far protection may be apart where outcomes are within these bounds; inf without a bound.
+def protection(gains: Gains, experts: Sequence[float], n: int) -> float:
+    """How far protection may be apart where no gain leans further than ``lean``; inf if anywhere.
 
     Of a cell with these gains, accuracies of the tasks' own ``experts``, and ``n`` outcomes a task.
-    A gain is a mean of accuracies over experts' and moves by at most so much with its own
-    outcomes, and by as much with the experts'. With protection 1 − L/B, L = G(attacked) − G0 and
-    B = G(undefended) − G0 each move by two gains.
+    With protection 1 − L/B, L = G(attacked) − G0 and B = G(undefended) − G0 move by two gains each.
     """
     bits = n * len(experts)
-    uneven = flips(n) * len(experts) * (1 - min(experts) / max(experts))
-    most = 2 * 2 * (lean(bits) + uneven) / bits / min(experts)
+    most = 2 * lean(bits) / bits / min(experts)
     left, benefit = (float(term) for term in gains.terms())
     if benefit <= most:
         return inf

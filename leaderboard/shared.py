@@ -16,7 +16,7 @@ from typing import NamedTuple
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.records import Cell
 from leaderboard import folder
-from leaderboard.checks import Place, place, words
+from leaderboard.checks import Place, buys_nothing, place, words
 from leaderboard.entry import Entry, measured
 from leaderboard.noise import Leaning, difference, flips
 
@@ -113,6 +113,8 @@ def _facts(pairs: Sequence[tuple[Cell, Cell]]) -> Iterator[tuple[str, tuple[Plac
 def _outcomes(
     group: str, pairs: Sequence[tuple[Cell, Cell]]
 ) -> Iterator[tuple[str, tuple[Place, ...]]]:
+    if group in ("outside", "reference"):
+        pairs = [pair for pair in pairs if _same_means(*pair)]
     if group == "outside":
         # What the release adds to it differs from defense to defense.
         pairs = [p for p in pairs if not any(c.outside_choice.startswith(RELEASED) for c in p)]
@@ -133,6 +135,12 @@ def _outcomes(
         )
     elif problem := leaning.problem:
         yield f"outcomes of {group} {problem}", _where(pairs)
+
+
+def _same_means(one: Cell, its: Cell) -> bool:
+    """Whether both free-riders bought the same: an ensemble that stops at once buys nothing."""
+    stopped = one.ensemble.get("stopped") == its.ensemble.get("stopped")
+    return stopped or buys_nothing(one.attack)
 
 
 def _where(pairs: Sequence[tuple[Cell, Cell]]) -> tuple[Place, ...]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from benchmark.api import methods
 from benchmark.api.contracts import Defense
 from benchmark.api.methods import Named
 from benchmark.api.specs import did_you_mean
@@ -18,7 +19,7 @@ from benchmark.core.records import Cell
 from benchmark.pipeline import apart
 from benchmark.pipeline import suite as suites
 from benchmark.pipeline.suite import Suite
-from leaderboard import checks, folder, source, trust
+from leaderboard import checks, folder, trust
 from leaderboard.entry import Entry, Method, Subjects, SuiteId, asked_of, measured
 from leaderboard.runs import Run, read
 
@@ -135,7 +136,9 @@ def _entry(run: Run, suite: Suite, named: Named[Defense], credit: str) -> Entry:
         return Entry(
             version=f"{suite.name}-1",
             suite=SuiteId(name=suite.name, hash=asked.hash, definition=asked),
-            defense=Method(spec=named.spec, card=card, source_sha256=source.sha256(named.method)),
+            defense=Method(
+                spec=named.spec, card=card, source_sha256=methods.DEFENSES.fingerprint(named.spec)
+            ),
             subjects=_subjects(run, cells),
             cells=tuple(cells),
             environment={key: run.facts[key] for key in _KEPT if key in run.facts},
@@ -155,7 +158,7 @@ def _passed(run: Run, named: Named[Defense]) -> None:
     found = marks.get(named.spec) if isinstance(marks, dict) else None
     if not isinstance(found, dict):
         reason = f"was not held to `unmergebench check defense {named.spec}`; run it again"
-    elif found.get("source") != source.sha256(named.method):
+    elif found.get("source") != methods.DEFENSES.fingerprint(named.spec):
         reason = "was edited since it was run; run it again"
     elif found.get("passed") is not True:
         failed = ", ".join(map(str, found.get("failed") or ())) or "a check"

@@ -23,7 +23,8 @@ class Untrusted(UsageError):
 
 
 def defense(spec: str, trusted: Collection[str] = ()) -> Named[Defense]:
-    """The defense, if it ships with UnmergeBench or ``spec`` is among ``trusted``.
+    """The defense, if it ships with UnmergeBench or ``spec`` is among ``trusted``: that of somebody
+    else in a process of its own.
 
     Raises:
         Untrusted: it is neither.

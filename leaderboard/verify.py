@@ -6,14 +6,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmark.api import methods
 from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell
-from benchmark.evaluation.scoring import Gains
-from leaderboard import checks, folder, noise, shared, source, trust
-from leaderboard.differences import Pair, differences, together
+from leaderboard import checks, folder, shared, trust
+from leaderboard.differences import Pair, differences, may_differ, together
 from leaderboard.entry import Entry, measured
 from leaderboard.rerun import Count, again, choose, empty_store
 from leaderboard.shared import Dispute
@@ -120,7 +121,7 @@ def _source(entry: Entry, verdict: Verdict, trusted: Collection[str], rerun: boo
     foreign = named.method.changes_modules
     if any(cell.changes_modules != foreign for cell in entry.all_cells if measured(cell)):
         verdict.reasons.append("states another track than that of its defense (changes_modules)")
-    if source.sha256(named.method) != entry.defense.source_sha256:
+    if methods.DEFENSES.fingerprint(spec) != entry.defense.source_sha256:
         edited = f"{spec} was made by other code than is here under that name"
         if rerun:
             verdict.notes.append(edited)
@@ -183,16 +184,12 @@ def _line(stated: Cell, found: Cell, *, agrees: bool) -> dict[str, Any]:
         "stated": stated.protection,
         "interval": stated.protection_ci,
         "found": found.protection,
-        "may_differ": _may_differ(found),
+        "may_differ": _finite(may_differ(found)) if measured(found) else None,
         "same_release": stated.sha256.released == found.sha256.released,
         "agrees": agrees,
     }
 
 
-def _may_differ(found: Cell) -> float | None:
-    """By how much protection may; None where nothing bounds it."""
-    if (gains := Gains.of(found)) is None or found.protection is None:
-        return None
-    experts = list(found.expert_accuracy.values())
-    most = noise.protection_may_differ(gains, experts, found.n_test)
-    return most if most < 1 else None
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if isfinite(value) else None

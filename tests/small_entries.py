@@ -22,7 +22,7 @@ from benchmark.evaluation.flags import of_cell
 from benchmark.evaluation.scoring import Gains, accuracies, gain, normalized
 from benchmark.evaluation.statistics import pack_bits, ratio_protection, unpack_bits
 from benchmark.pipeline.suite import Suite
-from leaderboard import checks, source
+from leaderboard import checks
 from leaderboard.entry import Entry, Method, Subjects, SuiteId
 
 SHA = {"base": "1" * 64, "expert": "2" * 64, "released": "3" * 64}
@@ -181,7 +181,7 @@ def made(asked: Suite, strength: Mapping[tuple[str, str], float] | float = 0.8,
     )  # fmt: skip
     card = methods.defense(spec).method.card if spec in methods.DEFENSES.entries else CARD
     builtin = spec in methods.DEFENSES.entries
-    digest = source.sha256(methods.defense(spec).method) if builtin else "4" * 64
+    digest = methods.DEFENSES.fingerprint(spec) if builtin else "4" * 64
     known = {
         "version": f"{asked.name}-1",
         "suite": SuiteId(name=asked.name, hash=asked.hash, definition=asked),

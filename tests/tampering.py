@@ -235,8 +235,8 @@ BY_THE_CODE: Mapping[str, tuple[Change, str]] = {
         lambda entry: entry["defense"]["card"].update(summary="Perfect."),
         "its card is not that of the defense installed here",
     ),
-    "foreign modules, which are ranked apart": (
-        every(then(update(changes_modules=True, seen=0.95), settle)),
+    "no word of foreign modules, which are ranked apart": (
+        foreign("mergebarrier-taylor"),
         "another track than that of its defense",
     ),
     "edited code under a built-in name": (

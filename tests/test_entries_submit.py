@@ -17,13 +17,13 @@ from benchmark.api import methods
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.paths import cache
 from benchmark.pipeline import suite as suites
-from leaderboard import folder, shared, source
+from leaderboard import folder, shared
 from leaderboard.cli import build
 from leaderboard.rerun import empty_store
 from leaderboard.submit import Incomplete, submit
 from leaderboard.verify import verify
 
-SOURCE = source.sha256(methods.defense("mergelock").method)
+SOURCE = methods.DEFENSES.fingerprint("mergelock")
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forging import Data, flipped
+from forging import Data, flipped, settle
+from hypothesis import given
+from hypothesis import strategies as st
 from small_entries import CARD, made, wide
 from tampering import CELLS, TABLE, TRULY, Tampering, table
 
 from benchmark.core.records import Cell
+from benchmark.evaluation.scoring import Gains
 from benchmark.evaluation.statistics import unpack_bits
 from benchmark.pipeline import suite as suites
 from leaderboard import checks, folder, noise
@@ -286,8 +289,6 @@ def test_what_a_forger_can_still_gain(usual: Data) -> None:
                 task: flipped(text, *map(int, rng.integers(0, 4, 2)), int(rng.integers(2**32)))
                 for task, text in data["correct"][group].items()
             }
-        from forging import settle
-
         settle(data)
         stated = Cell.model_validate(data)
         if list(differences(stated, cell)):
@@ -298,6 +299,21 @@ def test_what_a_forger_can_still_gain(usual: Data) -> None:
         assert stated.protection is not None
         assert abs(stated.protection - (cell.protection or 0)) <= verdict.rerun[0]["may_differ"]
     assert tried > 50
+
+
+@given(st.data())
+def test_the_bound_of_protection_holds_for_its_gains(data: st.DataObject) -> None:
+    """Whatever three gains do within what the outcomes of a cell may lean."""
+    unit = st.floats(-1, 1)
+    outside = data.draw(st.floats(0.3, 0.7))
+    undefended = outside + data.draw(st.floats(0.05, 0.4))
+    attacked = outside + data.draw(st.floats(-0.1, 1.1)) * (undefended - outside)
+    most = noise.lean(600) / 600 / 0.9
+    moved = [gain + most * data.draw(unit) for gain in (attacked, undefended, outside)]
+    gains = Gains(attacked, undefended, outside, 1.0)
+    other = Gains(*moved, 1.0)
+    before, after = (1 - left / benefit for left, benefit in (gains.terms(), other.terms()))
+    assert abs(after - before) <= noise.protection(gains, [0.95, 0.9], 300) + 1e-12
 
 
 def test_bounds_follow_from_numbers() -> None:

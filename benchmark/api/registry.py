@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from benchmark.api.specs import build, did_you_mean, parse, split_composite
+from benchmark.core import sources
 from benchmark.core.errors import UsageError
 
 T = TypeVar("T")
@@ -87,6 +88,13 @@ class Registry(Generic[T]):
         if name not in self.entries:
             raise self._unknown(name)
         return self.entries[name].module
+
+    def fingerprint(self, spec: str) -> str:
+        """sha256 over the source of all parts of ``spec``, in order. Raises as :meth:`source`."""
+        total = hashlib.sha256()
+        for part in split_composite(spec):
+            total.update(sources.fingerprint(self.source(parse(part)[0])).encode())
+        return total.hexdigest()
 
     def get(self, name: str) -> type[T]:
         """The class behind ``name`` or ``file.py:Class``.
