@@ -6,15 +6,16 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from benchmark.api.methods import Named
 from benchmark.api.specs import parameters
 from benchmark.conformance.frame import CheckFailed
-from benchmark.conformance.guards import reseed, running
+from benchmark.conformance.guards import outside, reseed, running
 from benchmark.conformance.namespaces import Namespaces
+from benchmark.conformance.questions import Owned, asked
 from benchmark.conformance.testbed import ARCHITECTURES, Architecture, Tiny, tiny_sources
 from benchmark.core.data import Task
 from benchmark.core.errors import MethodError, UsageError
@@ -40,6 +41,13 @@ class World:
     running: dict[str, Any] = field(default_factory=running)
 
 
+class Seen(NamedTuple):
+    """What it wrote, deleted, connected to or started, and what its own code asked."""
+
+    effects: list[str]
+    questions: list[str]
+
+
 class Case(ABC, Generic[M, I]):
     """A method of type M under check, which one call gives inputs of type I.
 
@@ -52,7 +60,6 @@ class Case(ABC, Generic[M, I]):
         self.world = world or World()
         self.definitions = self.defined()
         self._results: dict[Architecture, Result | Exception] = {}
-        self._exercised = False
 
     @abstractmethod
     def inputs(
@@ -100,11 +107,13 @@ class Case(ABC, Generic[M, I]):
         found: tuple[Any, ...] = getattr(self.method, "parts", (self.method,))
         return found
 
-    def exercised(self) -> None:
-        """See to it that all of it ran at least once."""
-        if not self._exercised:
-            self._exercised = True
-            self.exercise(self.inputs(self.testbed), torch.Generator().manual_seed(0))
+    @functools.cached_property
+    def seen(self) -> Seen:
+        """What it did besides its work when all of it was run, once."""
+        inputs = self.inputs(self.testbed)
+        with outside() as effects, asked(Owned(self.parts)) as questions:
+            self.exercise(inputs, torch.Generator().manual_seed(0))
+        return Seen(effects, questions)
 
     def defined(self) -> dict[str, Any]:
         """What says which method it is: parameters, card and the rest of its class, by name."""
