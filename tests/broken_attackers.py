@@ -23,6 +23,7 @@ from benchmark.api.contracts import (
 )
 from benchmark.core.errors import AccessError
 from benchmark.core.state import State
+from benchmark.evaluation import accuracy
 from benchmark.merging.wrapped import WrappedMerger
 
 
@@ -73,6 +74,22 @@ class PeeksAtLabels(Sound):
         state = super().recover(released, knowledge, rng)
         key = next(key for key in state if key.lower().endswith("norm.weight"))
         return {**state, key: state[key] + 0.01 * int(labels[0])}
+
+
+@breaks("inputs-unchanged")
+@dataclass(frozen=True)
+class GrantsItselfMore(Sound):
+    def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
+        knowledge.access = Access.LABELED
+        return super().recover(released, knowledge, rng)
+
+
+@breaks("patches-nothing")
+@dataclass(frozen=True)
+class PatchesTheEvaluator(Sound):
+    def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
+        accuracy.Evaluator.outcomes = lambda *_: True  # type: ignore[method-assign,assignment]
+        return super().recover(released, knowledge, rng)
 
 
 @breaks("budget")
@@ -144,7 +161,7 @@ class TakesWhatUsersRun(Sound):
         return super().recover(knowledge.shipped or released, knowledge, rng)
 
 
-@breaks("merging", "inputs-unchanged")
+@breaks("merging", "inputs-unchanged", "same-method", "asks-nothing", "side-effects")
 @dataclass(frozen=True)
 class TriesNothing(Sound):
     def merging(self, merger: Merger, anatomy: Anatomy) -> Merger:

@@ -1,4 +1,4 @@
-"""Defenses that would win without protecting. Each of them once took rank 1, most without a flag."""
+"""Defenses that would win without protecting: each once took rank 1, most without a flag."""
 
 from __future__ import annotations
 

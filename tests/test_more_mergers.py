@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -143,15 +145,47 @@ def test_iso_c_has_a_flat_spectrum() -> None:
     )
 
 
-def test_cart_adds_low_rank_parts_to_the_average() -> None:
-    base, experts = members(8, 2)
-    merged = run("cart(rank=0.3)", base, experts, (0.9, 0.4))
-    taus = [delta(e, base) for e in experts]
-    centre = np.mean(taus, axis=0)
-    expected = double(base["w"]) + centre
-    for c, tau in zip((0.9, 0.4), taus, strict=True):
-        u, s, v = np.linalg.svd(tau - centre, full_matrices=False)
-        expected = expected + c * (u[:, :3] * s[:3]) @ v[:3]
+def cart(base: Array, experts: list[Array], coefficients: list[float], rank: float) -> Array:
+    """θ̄ + Σ c_i · LR_r(θ_i − θ̄) in float64; a vector is the average alone (arXiv 2412.12153)."""
+    centre = np.mean(experts, axis=0)
+    if base.ndim < 2:
+        return centre
+    out, r = centre.copy(), math.ceil(rank * min(base.shape))
+    for c, expert in zip(coefficients, experts, strict=True):
+        u, s, v = np.linalg.svd(expert - centre, full_matrices=False)
+        out += c * (u[:, :r] * s[:r]) @ v[:r]
+    return out
+
+
+@pytest.mark.parametrize("rank", [0.08, 0.12, 0.3, 0.41, 1.0])  # of 10: 1, 2, 3, 5 and all
+@pytest.mark.parametrize(
+    "moved",
+    [
+        (("w", "b", "scalar"),) * 3,
+        (("w", "b"), ("b", "scalar"), ("w", "scalar")),  # each tensor is still in one member
+        (("w", "b", "scalar"), (), ("w",)),
+    ],
+    ids=["all move all", "one does not move a tensor", "two do not"],
+)
+def test_cart_is_its_formula(rank: float, moved: tuple[tuple[str, ...], ...]) -> None:
+    base, experts = members(8, 3)
+    experts = [
+        {**base, **{key: expert[key] for key in keys}}
+        for expert, keys in zip(experts, moved, strict=True)
+    ]
+    coefficients = [0.9, 0.4, 1.3]
+    merged = run(f"cart(rank={rank})", base, experts, tuple(coefficients))
+    for key in ("w", "b", "scalar", "frozen"):
+        expected = cart(double(base[key]), [double(e[key]) for e in experts], coefficients, rank)
+        np.testing.assert_allclose(double(merged[key]), expected, atol=1e-5, err_msg=key)
+
+
+def test_cart_without_a_member_is_cart_of_the_others() -> None:
+    base, experts = members(8, 3)
+    merged = run("cart(rank=0.3)", base, experts, (0.9, 0.0, 0.4))
+    expected = cart(
+        double(base["w"]), [double(experts[i]["w"]) for i in (0, 2)], [0.9, 0.4], rank=0.3
+    )
     np.testing.assert_allclose(double(merged["w"]), expected, atol=1e-5)
 
 

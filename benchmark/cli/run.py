@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from benchmark.api.contracts import Card
+    from benchmark.conformance.marks import Mark
     from benchmark.core.records import Cell
     from benchmark.pipeline.run import Progress
 
@@ -66,6 +67,7 @@ def run(
 
       unmergebench run my-suite.toml --device cuda
     """
+    from benchmark.conformance.marks import marks
     from benchmark.core import device as devices
     from benchmark.core.errors import Interrupted
     from benchmark.pipeline import plan as planning
@@ -93,7 +95,11 @@ def run(
         return
     try:
         with _progress(f"{chosen.name} on {plan.testbed.spec}") as (progress, notify):
-            cells = running.execute(plan, out, where, progress=progress, notify=notify)
+            checked = {"checks": marks((cell.at.defense.spec for cell in plan.cells), notify)}
+            _warn(checked["checks"])
+            cells = running.execute(
+                plan, out, where, progress=progress, notify=notify, facts=checked
+            )
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; what was finished is in {out}, the same command resumes"
@@ -139,6 +145,16 @@ def _report(
         print(board.model_dump_json(indent=2))
     else:
         tables.show(cells, board)
+
+
+def _warn(checked: Mapping[str, Mark]) -> None:
+    """A line for each defense that failed its check: the run goes on, and says so here."""
+    for spec, mark in checked.items():
+        if not mark["passed"]:
+            sys.stderr.write(
+                f"{spec} fails its check ({', '.join(mark['failed'])}), so that no entry can be "
+                f"made of it: unmergebench check defense '{spec}' says why\n"
+            )
 
 
 def _show_plan(plan: Any, out: Path, as_json: bool) -> None:

@@ -21,7 +21,7 @@ from benchmark.api.contracts import Attack, Defense, Merger
 from benchmark.api.methods import Named
 from benchmark.conformance import frame
 from benchmark.conformance.attacks import check as ATTACK_CHECKS
-from benchmark.conformance.case import AnyCase, warm_up
+from benchmark.conformance.case import AnyCase, World, warm_up
 from benchmark.conformance.defenses import check as DEFENSE_CHECKS
 from benchmark.conformance.frame import CheckFailed, Checks, Outcome, Report
 from benchmark.conformance.mergers import check as MERGER_CHECKS
@@ -70,7 +70,8 @@ def check_defense(
         notify: called with the name of each check before it runs.
 
     Raises:
-        UsageError: no such method, or no check of a name in ``only`` or the expected failures.
+        UsageError: no such method, no check of a name in ``only`` or the expected failures, or one
+            among the latter that nothing excuses.
     """
     return _report(DEFENSE_CHECKS, _defense(method), only, expected_failed_checks, notify)
 
@@ -131,14 +132,17 @@ def _named(method: str | M, resolve: Callable[[str], Named[M]]) -> Named[M]:
 
 
 def _defense(method: str | Defense) -> DefenseCase:
-    return DefenseCase(_named(method, methods.defense))
+    world = World()  # before the method's code is imported
+    return DefenseCase(_named(method, methods.defense), world)
 
 
 def _attack(method: str | Attack) -> AttackCase:
-    return AttackCase(_named(method, methods.attack))
+    world = World()
+    return AttackCase(_named(method, methods.attack), world)
 
 
 def _merger(method: str | Merger) -> MergeCase:
+    world = World()
     named = _named(method, methods.merger)
     try:
         named.method.search_space(2)
@@ -148,7 +152,7 @@ def _merger(method: str | Merger) -> MergeCase:
         raise UsageError(f"{named.spec} merges no two models: {refusal}") from None
     except Exception:
         pass  # the check `search-space` tells
-    return MergeCase(named)
+    return MergeCase(named, world)
 
 
 def _report(
@@ -175,7 +179,8 @@ def _expected(checks: Checks[C], case: AnyCase, given: Mapping[str, str] | None)
     """What may fail, and why: as the class and its parts declare, and as the caller says."""
     merged: dict[str, str] = {}
     for part in case.parts:
-        checks.named(part.expected_failed_checks, f"{type(part).__name__}.expected_failed_checks")
+        declared = f"{type(part).__name__}.expected_failed_checks"
+        checks.excusable(part.expected_failed_checks, declared)
         merged |= part.expected_failed_checks
-    checks.named(given or (), "--expect")
+    checks.excusable(given or (), "--expect")
     return {**merged, **(given or {})}

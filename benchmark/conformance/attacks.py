@@ -6,7 +6,7 @@ import torch
 
 from benchmark.api import methods
 from benchmark.api.contracts import Ensemble, Members, Merger, Setting
-from benchmark.conformance import behaviour, definition, tiers
+from benchmark.conformance import behaviour, definition, honesty, tiers
 from benchmark.conformance.behaviour import equal, fit, fits
 from benchmark.conformance.case import REFUSALS, Result
 from benchmark.conformance.defenses import EXACT
@@ -21,6 +21,7 @@ from benchmark.evaluation.accuracy import relative_gap
 check: Checks[AttackCase] = Checks("attack")
 check.include(definition.check)
 check.include(behaviour.check)
+check.include(honesty.check)
 check.include(tiers.check)
 
 

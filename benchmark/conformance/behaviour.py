@@ -17,7 +17,7 @@ from benchmark.conformance.case import REFUSALS, AnyCase, Result
 from benchmark.conformance.definition import random_states_kept, settings_kept
 from benchmark.conformance.frame import CheckFailed, Checks, describe
 from benchmark.conformance.measure import Watch
-from benchmark.conformance.testbed import ARCHITECTURES, Tiny
+from benchmark.conformance.testbed import ARCHITECTURES, Tiny, renew_modules
 from benchmark.core import state as states
 from benchmark.core.errors import CheckpointError
 from benchmark.core.state import ForeignState, State, digest, merged_well
@@ -41,6 +41,8 @@ def same_tensors(case: AnyCase) -> None:
         elif not (case.several and isinstance(state, ForeignState)):
             raise CheckFailed(f"{name} is a {type(state).__name__}; mergers want a plain dict")
         for key, value in state.items():
+            if type(key) is not str or type(value) is not Tensor:
+                raise CheckFailed(f"{name}: {key!r} is a {type(value).__name__}, no plain tensor")
             if value.requires_grad:
                 raise CheckFailed(f"{name}: tensor {key!r} requires gradients; detach it")
 
@@ -55,7 +57,7 @@ def finite(case: AnyCase) -> None:
             raise CheckFailed(str(error)) from None
 
 
-@check
+@check.binding
 def deterministic(case: AnyCase) -> None:
     """One seed gives one result, bit for bit."""
     equal(case.run(), case.result, "a second call with the same seed")
@@ -90,21 +92,38 @@ def global_random_state(case: AnyCase) -> None:
         raise CheckFailed("the result depends on a global generator; draw from rng only")
 
 
-@check
+@check.binding
 def inputs_unchanged(case: AnyCase) -> None:
-    """The models and task data it is given, and the module, are never written to."""
+    """What it is given stays as it was, module included; a second call spoils no first result."""
+    renew_modules()
     inputs, module = case.inputs(case.testbed), case.testbed.module()
-    pristine = copy.deepcopy(module.state_dict())
-    before = case.fingerprint(inputs)
-    case.exercise(inputs, torch.Generator().manual_seed(0))
-    after = case.fingerprint(inputs)
-    changed = digest(dict(module.state_dict())) != digest(pristine)
-    module.load_state_dict(pristine)  # the next check runs on it too
-    for name, value in before.items():
-        if after[name] != value:
-            raise CheckFailed(f"writes to its input: {name}; work on a copy, dict(state)")
-    if changed:
-        raise CheckFailed("writes to the module it is given")
+    given, facts, built = case.given(inputs), case.facts(inputs), _built(module)
+    before = {name: digest(state) for name, state in given.items()}
+    weights = digest(_tensors(module))
+
+    def unchanged() -> None:
+        after = case.given(inputs)
+        for name, value in before.items():
+            # Both the dict that was handed over and what now stands in its place.
+            if value != digest(given[name]) or value != digest(after[name]):
+                raise CheckFailed(f"writes to its input: {name}; work on a copy, dict(state)")
+        others = case.facts(inputs)
+        for name, fact in facts.items():
+            if others[name] is not fact and others[name] != fact:
+                raise CheckFailed(f"replaces or edits {name}, which it was given")
+        if _built(module) != built or digest(_tensors(module)) != weights:
+            raise CheckFailed("writes to the module it is given")
+
+    try:
+        result = case.run(inputs)
+        made = _digest(result)
+        unchanged()  # after each call, since the second may undo the first
+        case.exercise(inputs, torch.Generator().manual_seed(0))
+        unchanged()
+    finally:
+        renew_modules()  # the next check runs on it too
+    if _digest(result) != made:
+        raise CheckFailed("a second call writes to what the first one returned; return copies")
 
 
 @check
@@ -276,6 +295,25 @@ def near(result: Result, reference: Result, limit: float, what: str) -> str:
                 raise CheckFailed(f"{what}: tensor {key!r} is off by {off:.1e} of its norm")
             worst = max(worst, off)
     return f"tensors differ by {worst:.0e} at most" if worst else "bit for bit"
+
+
+def _tensors(module: torch.nn.Module) -> State:
+    """Parameters and buffers, those included that no checkpoint holds."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _built(module: torch.nn.Module) -> dict[str, object]:
+    """How a module is built and run: its parts, what they override, their hooks and modes."""
+    return {
+        name: (
+            id(part),
+            part.training,
+            sorted(vars(part)),
+            [id(hook) for key, hooks in vars(part).items() if key.endswith("_hooks") and hooks
+             for hook in hooks.values()],
+        )
+        for name, part in module.named_modules()
+    }  # fmt: skip
 
 
 def _place(value: Tensor) -> int:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from benchmark.api.methods import Named
+from benchmark.api.specs import parameters
 from benchmark.conformance.frame import CheckFailed
-from benchmark.conformance.guards import reseed
-from benchmark.conformance.testbed import ARCHITECTURES, Architecture, Tiny
+from benchmark.conformance.guards import outside, reseed, running
+from benchmark.conformance.namespaces import Namespaces
+from benchmark.conformance.questions import Owned, asked
+from benchmark.conformance.testbed import ARCHITECTURES, Architecture, Tiny, tiny_sources
+from benchmark.core.data import Task
 from benchmark.core.errors import MethodError, UsageError
 from benchmark.core.state import ForeignState, State, to_device
 
@@ -28,12 +33,32 @@ Result = dict[str, State]
 Device = str | torch.device
 
 
-class Case(ABC, Generic[M, I]):
-    """A method of type M under check, which one call gives inputs of type I."""
+@dataclass(frozen=True)
+class World:
+    """The process before a method came into it."""
 
-    def __init__(self, named: Named[M]) -> None:
+    namespaces: Namespaces = field(default_factory=lambda: Namespaces(tiny_sources()))
+    running: dict[str, Any] = field(default_factory=running)
+
+
+class Seen(NamedTuple):
+    """What it wrote, deleted, connected to or started, and what its own code asked."""
+
+    effects: list[str]
+    questions: list[str]
+
+
+class Case(ABC, Generic[M, I]):
+    """A method of type M under check, which one call gives inputs of type I.
+
+    ``world``: the process before the method's code was imported, if it was just now.
+    """
+
+    def __init__(self, named: Named[M], world: World | None = None) -> None:
         self.spec = named.spec
         self.method = named.method
+        self.world = world or World()
+        self.definitions = self.defined()
         self._results: dict[Architecture, Result | Exception] = {}
 
     @abstractmethod
@@ -55,8 +80,12 @@ class Case(ABC, Generic[M, I]):
         """The States it is given; the base comes first."""
 
     @abstractmethod
-    def fingerprint(self, inputs: I) -> dict[str, str]:
-        """What it must not write to, as hashes by name."""
+    def given(self, inputs: I) -> dict[str, State]:
+        """The tensors it must not write to, by name: the very dicts that it is handed."""
+
+    @abstractmethod
+    def facts(self, inputs: I) -> dict[str, Any]:
+        """The rest of what it is handed, by name: objects that must stay the same ones."""
 
     @property
     @abstractmethod
@@ -76,6 +105,26 @@ class Case(ABC, Generic[M, I]):
     def parts(self) -> tuple[Any, ...]:
         """The methods of a chain, or the one there is."""
         found: tuple[Any, ...] = getattr(self.method, "parts", (self.method,))
+        return found
+
+    @functools.cached_property
+    def seen(self) -> Seen:
+        """What it did besides its work when all of it was run, once."""
+        inputs = self.inputs(self.testbed)
+        with outside() as effects, asked(Owned(self.parts)) as questions:
+            self.exercise(inputs, torch.Generator().manual_seed(0))
+        return Seen(effects, questions)
+
+    def defined(self) -> dict[str, Any]:
+        """What says which method it is: parameters, card and the rest of its class, by name."""
+        found: dict[str, Any] = {}
+        for part in self.parts:
+            name = type(part).__name__
+            found |= {f"{name}.{key}": value for key, value in parameters(part).items()}
+            found |= {
+                f"{name}.{key}": getattr(part, key, None)
+                for key in ("card", "access", "version", "candidates", "expected_failed_checks")
+            }
         return found
 
     @functools.cached_property
@@ -157,6 +206,18 @@ class Case(ABC, Generic[M, I]):
 
 
 AnyCase = Case[Any, Any]
+
+
+def data_of(tasks: Iterable[Task]) -> dict[str, State]:
+    """The tensors of tasks, by name, in the very dicts that hold them."""
+    found: dict[str, State] = {}
+    for task in tasks:
+        found[f"head of {task.name}"] = {"head": task.head}
+        for name in task.splits:
+            split = task.split(name)
+            found[f"{name} inputs of {task.name}"] = split.inputs
+            found[f"{name} labels of {task.name}"] = {"labels": split.labels}
+    return found
 
 
 def warm_up(case: AnyCase) -> None:

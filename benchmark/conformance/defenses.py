@@ -8,10 +8,11 @@ import re
 
 import torch
 
-from benchmark.conformance import behaviour, definition
+from benchmark.conformance import behaviour, definition, foreign, honesty
 from benchmark.conformance.frame import CheckFailed, Checks
 from benchmark.conformance.subjects import DefenseCase, accuracy, expert, logits, victim
-from benchmark.conformance.testbed import Tiny
+from benchmark.conformance.testbed import Tiny, Watched
+from benchmark.core.errors import AccessError
 from benchmark.core.state import ForeignState
 from benchmark.evaluation.accuracy import relative_gap
 
@@ -21,6 +22,7 @@ EXACT = 1e-4
 check: Checks[DefenseCase] = Checks("defense")
 check.include(definition.check)
 check.include(behaviour.check)
+check.include(honesty.check)
 
 
 @check
@@ -69,6 +71,22 @@ def shipped(case: DefenseCase) -> str | None:
     return "changes modules" if foreign else None
 
 
+@check.binding
+def no_test_data(case: DefenseCase) -> None:
+    """It asks for no test example, not of the testbed behind what it is given either."""
+    testbed = Watched(case.testbed.architecture)
+    inputs, rng = case.inputs(testbed), torch.Generator().manual_seed(0)
+    testbed.asked.clear()
+    try:
+        case.exercise(inputs, rng)
+    except AccessError as error:
+        raise CheckFailed(f"asks for what its owner has not: {error}") from None
+    if testbed.asked:
+        raise CheckFailed(
+            f"takes the task {testbed.asked[0]!r} from the testbed, test split and all"
+        )
+
+
 @check
 def notes(case: DefenseCase) -> str | None:
     """What it reports by victim.note is JSON under names of the form method.what."""
@@ -82,3 +100,6 @@ def notes(case: DefenseCase) -> str | None:
         except (TypeError, ValueError) as error:
             raise CheckFailed(f"note {key!r} is no JSON: {error}") from None
     return ", ".join(heard) or None
+
+
+check.include(foreign.check)

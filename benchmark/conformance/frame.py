@@ -30,10 +30,11 @@ class CheckFailed(AssertionError):
 
 @dataclass(frozen=True)
 class Check(Generic[S]):
-    """A named check of subjects of type S."""
+    """A named check of subjects of type S. ``binds``: no reason excuses a failure."""
 
     name: str
     function: Callable[[S], str | None]
+    binds: bool = False
 
     @property
     def doc(self) -> str:
@@ -48,15 +49,21 @@ class Checks(Generic[S]):
         self.kind = kind
         self._checks: dict[str, Check[S]] = {}
 
-    def __call__(self, function: Callable[[S], str | None]) -> Callable[[S], str | None]:
+    def __call__(
+        self, function: Callable[[S], str | None], *, binds: bool = False
+    ) -> Callable[[S], str | None]:
         name = function.__name__.replace("_", "-")
-        self._checks[name] = Check(name, function)
+        self._checks[name] = Check(name, function, binds)
         return function
+
+    def binding(self, function: Callable[[S], str | None]) -> Callable[[S], str | None]:
+        """The decorator for a check that no reason excuses."""
+        return self(function, binds=True)
 
     def include(self, shared: Checks[Any]) -> None:
         """Add the checks of another list after those there are."""
         for check in shared.all():
-            self(check.function)
+            self(check.function, binds=check.binds)
 
     def all(self) -> tuple[Check[S], ...]:
         """In the order of definition."""
@@ -72,6 +79,12 @@ class Checks(Generic[S]):
         for name in sorted(names - self._checks.keys()):
             raise UsageError(f"{where}: unknown check {name!r}{did_you_mean(name, self._checks)}")
         return tuple(check for check in self.all() if check.name in names)
+
+    def excusable(self, names: Iterable[str], where: str) -> None:
+        """Raise UsageError unless all of ``names`` are checks that may be expected to fail."""
+        for check in self.named(names, where):
+            if check.binds:
+                raise UsageError(f"{where}: nothing excuses {check.name!r}; it binds every method")
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,11 @@ class Report:
     def failed(self) -> tuple[str, ...]:
         """Names of the checks that failed unexpectedly."""
         return tuple(o.check for o in self.outcomes if o.status == "failed")
+
+    @property
+    def excused(self) -> tuple[str, ...]:
+        """Names of the checks that failed as they were expected to."""
+        return tuple(o.check for o in self.outcomes if o.status == "expected failure")
 
     @property
     def summary(self) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 #: Events of sys.audit that reach outside the process. Importing reads files, so reading is allowed.
 _OUTSIDE = ("socket.connect", "subprocess.Popen", "os.system", "os.remove", "os.rename", "os.mkdir")
 
@@ -39,6 +45,25 @@ def reseed(seed: int) -> None:
 def settings() -> dict[str, Any]:
     """Settings of the process that change what other code computes, by name."""
     return {name: read() for name, (read, _) in _SETTINGS.items()}
+
+
+def running() -> dict[str, Any]:
+    """What goes on after a call returns, or comes between the lines of other code, by name."""
+    return {
+        "threads": threading.enumerate(),
+        "timers": [signal.getitimer(which)[0] > 0 for which in _TIMERS],
+        "signal handlers": [signal.getsignal(number) for number in signal.valid_signals()],
+        "hooks of the garbage collector": list(gc.callbacks),
+        "trace and profile functions": [sys.gettrace(), sys.getprofile()],
+        "import hooks": [*sys.meta_path, *sys.path_hooks],
+        "torch modes": [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()],
+        "hooks of all modules": [
+            id(hook)
+            for name, hooks in vars(torch.nn.modules.module).items()
+            if name.startswith("_global_") and hasattr(hooks, "values")
+            for hook in hooks.values()
+        ],
+    }
 
 
 @contextmanager

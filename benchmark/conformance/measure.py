@@ -18,7 +18,8 @@ class Watch(TorchDispatchMode):
 
     ``live``: bytes of such tensors that are alive now, on any device (storages, so that views count
     once); ``peak``: the most there were at once. Scratch memory inside one operation, and arrays of
-    numpy and scipy, are not seen. ``draws``: whether torch drew a random number.
+    numpy and scipy, are not seen. ``draws``: whether torch drew a random number, from whatever
+    generator. An operation that may draw (attention with dropout) and did not leaves it as it was.
     """
 
     def __init__(self) -> None:
@@ -34,8 +35,14 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         for value in tree_leaves((args, kwargs)):
             self._follow(value, counted=False)  # unknown so far: it was there before the block
+        may_draw = not self.draws and torch.Tag.nondeterministic_seeded in func.tags
+        generators = _generators(args, kwargs) if may_draw else []
+        before = [generator.get_state() for generator in generators]
         out = func(*args, **kwargs)
-        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
+        self.draws |= any(
+            not torch.equal(generator.get_state(), state)
+            for generator, state in zip(generators, before, strict=True)
+        )
         for value in tree_leaves(out):
             self._follow(value, counted=True)
         return out
@@ -55,6 +62,12 @@ class Watch(TorchDispatchMode):
         self._known[identity] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+def _generators(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Generator]:
+    """Those that an operation draws from: the one it is given, or those of torch itself."""
+    given = [g for g in (*args, *kwargs.values()) if isinstance(g, torch.Generator)]
+    return given or [torch.default_generator, *torch.cuda.default_generators]
 
 
 @contextmanager

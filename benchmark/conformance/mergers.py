@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from benchmark.api.contracts import Setting
-from benchmark.conformance import behaviour, definition, tiers
+from benchmark.conformance import behaviour, definition, honesty, tiers
 from benchmark.conformance.behaviour import ROUNDING, equal, fit, near
 from benchmark.conformance.case import REFUSALS
 from benchmark.conformance.frame import CheckFailed, Checks
@@ -25,6 +25,7 @@ SAME = 1e-5
 check: Checks[MergeCase] = Checks("merger")
 check.include(definition.check)
 check.include(behaviour.check)
+check.include(honesty.check)
 check.include(tiers.check)
 
 

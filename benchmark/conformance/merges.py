@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from benchmark.api.contracts import Access, Knowledge, Merger, Setting
-from benchmark.conformance.case import Device, Result
+from benchmark.conformance.case import Device, Result, data_of
 from benchmark.conformance.scenes import FreeRiderCase, Logged, knowing, tasks_of
-from benchmark.conformance.subjects import copies, data_of, expert
+from benchmark.conformance.subjects import copies, expert
 from benchmark.conformance.testbed import Tiny
 from benchmark.core.data import Task
-from benchmark.core.state import ForeignState, PerTask, State, digest
+from benchmark.core.state import ForeignState, PerTask, State
 from benchmark.merging.layers import by_layer
 
 
@@ -109,11 +109,10 @@ class MergeCase(FreeRiderCase[Merger, Merging]):
     def states(self, inputs: Merging) -> tuple[State, ...]:
         return inputs.base, *inputs.experts
 
-    def fingerprint(self, inputs: Merging) -> dict[str, str]:
+    def given(self, inputs: Merging) -> dict[str, State]:
         states = {"base": inputs.base}
         states |= {f"expert {i}": state for i, state in enumerate(inputs.experts, start=1)}
-        hashes = {name: digest(state) for name, state in states.items()}
-        return hashes | data_of(inputs.tasks.values())
+        return states | data_of(inputs.tasks.values())
 
     @property
     def several(self) -> bool:

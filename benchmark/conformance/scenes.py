@@ -15,11 +15,11 @@ from benchmark.anatomy import apply_qk, apply_vo, permute_heads, permute_units, 
 from benchmark.api.contracts import Access, Attack, Knowledge, Merger
 from benchmark.api.methods import merger
 from benchmark.api.recipe import Loss, Recipe
-from benchmark.conformance.case import Case, Device, Result
-from benchmark.conformance.subjects import copies, data_of, expert
+from benchmark.conformance.case import Case, Device, Result, data_of
+from benchmark.conformance.subjects import copies, expert
 from benchmark.conformance.testbed import Tiny
 from benchmark.core.data import Split, Task
-from benchmark.core.state import ForeignState, State, add, digest, task_vector
+from benchmark.core.state import ForeignState, State, add, task_vector
 from benchmark.learn.training import fine_tune
 
 #: What attacks' mergers are checked with.
@@ -192,6 +192,10 @@ M = TypeVar("M", Attack, Merger)
 I = TypeVar("I", bound=Informed)  # noqa: E741
 
 
+#: What a Knowledge counts.
+_SPENT = ("budget", "log")
+
+
 class FreeRiderCase(Case[M, I]):
     """A method that a free-rider runs, under check, granted the access it declares."""
 
@@ -201,6 +205,12 @@ class FreeRiderCase(Case[M, I]):
     ) -> I:
         """Fresh inputs for one call. ``access`` is the declared one unless given; with ``hide``,
         all that it does not give is another."""
+
+    def facts(self, inputs: I) -> dict[str, Any]:
+        """All that its Knowledge holds; what it spends is the check `budget`'s."""
+        held = vars(inputs.knowledge)
+        found = {f"knowledge.{name}": held[name] for name in held if name not in _SPENT}
+        return found | {"the recipe": repr(inputs.knowledge.recipe)}
 
     def excuses_draws(self, inputs: I) -> str | None:
         exhausted = inputs.knowledge.log.exhausted
@@ -247,7 +257,7 @@ class AttackCase(FreeRiderCase[Attack, Scene]):
         known = inputs.knowledge
         return known.base, inputs.released, *known.partners, inputs.second, inputs.merged
 
-    def fingerprint(self, inputs: Scene) -> dict[str, str]:
+    def given(self, inputs: Scene) -> dict[str, State]:
         known = inputs.knowledge
         states = {
             "base": known.base,
@@ -256,8 +266,7 @@ class AttackCase(FreeRiderCase[Attack, Scene]):
             "second release": inputs.second,
             "merged": inputs.merged,
         }
-        hashes = {name: digest(state) for name, state in states.items()}
-        return hashes | data_of(inputs.tasks.values())
+        return states | data_of(inputs.tasks.values())
 
 
 def _hidden(task: Task, labels: bool) -> Task:

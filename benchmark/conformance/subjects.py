@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from benchmark.api.contracts import Defense, Victim
 from benchmark.api.recipe import Loss, Recipe
-from benchmark.conformance.case import Case, Device, Result
+from benchmark.conformance.case import Case, Device, Result, data_of
 from benchmark.conformance.guards import reseed
 from benchmark.conformance.testbed import Architecture, Tiny
-from benchmark.core.data import Split, Task
-from benchmark.core.state import State, digest
+from benchmark.core.data import Split
+from benchmark.core.state import State, forward_of
 from benchmark.evaluation.accuracy import Evaluator
 from benchmark.learn.training import fine_tune
 
@@ -34,9 +35,15 @@ def copies(state: State, dtype: torch.dtype, device: Device) -> State:
     }
 
 
-def victim(testbed: Tiny, *, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Victim:
-    """The owner's side of the first task, sharing no memory with any other call's."""
-    task = testbed.task(testbed.tasks[0]).to(device)
+def victim(
+    testbed: Tiny,
+    *,
+    name: str = "first",
+    dtype: torch.dtype = torch.float32,
+    device: Device = "cpu",
+) -> Victim:
+    """The owner's side of a task, without its test split: no memory shared with another call's."""
+    task = testbed.task(name).to(device).without_test()
 
     def ours(state: State) -> State:
         return copies(state, dtype, device)
@@ -77,14 +84,20 @@ class DefenseCase(Case[Defense, Victim]):
 
     def exercise(self, inputs: Victim, rng: torch.Generator) -> None:
         release = self.method.protect(inputs, rng)
-        self.method.shipped(inputs, release, rng)
+        model = self.method.shipped(inputs, release, rng)
+        with torch.no_grad():
+            forward_of(model, inputs.features)(model, inputs.task.train.inputs)
 
     def states(self, inputs: Victim) -> tuple[State, ...]:
         return inputs.base, inputs.expert
 
-    def fingerprint(self, inputs: Victim) -> dict[str, str]:
+    def given(self, inputs: Victim) -> dict[str, State]:
         states = {"base": inputs.base, "expert": inputs.expert}
-        return {name: digest(state) for name, state in states.items()} | data_of([inputs.task])
+        return states | data_of([inputs.task])
+
+    def facts(self, inputs: Victim) -> dict[str, Any]:
+        held = {f"victim.{name}": value for name, value in vars(inputs).items()}
+        return held | {"the recipe": repr(inputs.recipe), "the task": inputs.task.classes}
 
     @property
     def trains(self) -> bool:
@@ -100,6 +113,13 @@ class DefenseCase(Case[Defense, Victim]):
         owner, rng = victim(Tiny(architecture)), torch.Generator().manual_seed(seed)
         return self.method.shipped(owner, self.released(architecture), rng)
 
+    def shipped_for(self, task: str) -> State:
+        """What users run of the release of the expert for ``task``."""
+        reseed(0)
+        owner, rng = victim(self.testbed, name=task), torch.Generator().manual_seed(0)
+        released = self.method.protect(owner, rng)
+        return self.method.shipped(owner, released, torch.Generator().manual_seed(0))
+
 
 def logits(architecture: Architecture, state: State, task: str = "first") -> torch.Tensor:
     """Logits on a task's test split, by the State's own forward pass if it has one."""
@@ -111,13 +131,3 @@ def accuracy(architecture: Architecture, state: State, task: str = "first") -> f
     """Test accuracy on a task."""
     labels = Tiny(architecture).task(task).test.labels
     return float((logits(architecture, state, task).argmax(1) == labels).float().mean())
-
-
-def data_of(tasks: Iterable[Task]) -> dict[str, str]:
-    """Hashes of what tasks hold, by name."""
-    found = {}
-    for task in tasks:
-        found[f"head of {task.name}"] = digest({"head": task.head})
-        for name in ("train", "validation", "test"):
-            found[f"{name} split of {task.name}"] = task.split(name).digest()
-    return found

@@ -10,8 +10,8 @@ import copy
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -132,6 +132,28 @@ class Tiny(Testbed):
             return Split({"pixel_values": clean + 0.5 * other}, labels)
         kept = torch.rand(n, _LENGTH, generator=rng) < 0.7
         return Split({"input_ids": torch.where(kept, clean, other)}, labels)
+
+
+@dataclass(frozen=True)
+class Watched(Tiny):
+    """A testbed that keeps a list of the tasks it was ``asked`` for."""
+
+    asked: list[str] = field(default_factory=list, compare=False)
+
+    def task(self, name: str) -> Task:
+        self.asked.append(name)
+        return super().task(name)
+
+
+def tiny_sources() -> tuple[str, ...]:
+    """The modules of Python that the tiny architectures are written in."""
+    used = {type(m).__module__ for name in get_args(Architecture) for m in _module(name).modules()}
+    return tuple(sorted(used))
+
+
+def renew_modules() -> None:
+    """Forget the modules that testbeds hand out, which a method may have spoiled."""
+    _module.cache_clear()
 
 
 @functools.cache

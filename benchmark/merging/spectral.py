@@ -1,10 +1,11 @@
 """Mergers in the singular directions of each task matrix: TSV-M, Iso-C, CART.
 
-Vectors (biases, norms) are averaged with the same coefficients, as in the authors' codes.
+Vectors (biases, norms) are averaged with the same coefficients (CART: whole), as the authors do.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ Centred = tuple[Tensor, list[Tensor]]
 class _Spectral(GridMerger, Generic[Parts]):
     """Per matrix, a merged τ from the members' coefficient-weighted τ."""
 
+    #: Whether a member that did not move a matrix counts there, by τ = 0, or has no directions.
+    still_counts: ClassVar[bool] = False
+
     grid: tuple[float, ...] = searched((0.0, 0.5, 1.0))
     shared: tuple[float, ...] = searched(_SHARED)
 
@@ -46,21 +50,25 @@ class _Spectral(GridMerger, Generic[Parts]):
         taus = [task_vector(expert, base) for expert in experts]
         made: dict[tuple[str, tuple[int, ...]], Parts] = {}
 
+        def delta(i: int, key: str) -> Tensor:
+            return wide(taus[i][key] if key in taus[i] else torch.zeros_like(base[key]))
+
         def matrix(key: str, present: list[tuple[int, float]], members: int) -> Tensor:
             where = (key, tuple(i for i, _ in present))
             if where not in made:
-                flat = [wide(taus[i][key]).flatten(1) for i, _ in present]
-                made[where] = self._decompose(flat, members)
+                made[where] = self._decompose(
+                    [delta(i, key).flatten(1) for i, _ in present], members
+                )
             return self._combine(made[where], [c for _, c in present])
 
         def merged(setting: Setting) -> State:
             members = active(setting, len(taus))
             out = dict(base)
             for key in moved(taus[i] for i, _ in members):
-                present = [(i, c) for i, c in members if key in taus[i]]
+                present = [(i, c) for i, c in members if self.still_counts or key in taus[i]]
                 if base[key].ndim < 2:
-                    vectors = [wide(taus[i][key]) for i, _ in present]
-                    step = _weighted([c for _, c in present], vectors) / len(members)
+                    vectors = [delta(i, key) for i, _ in present]
+                    step = self._vector([c for _, c in present], vectors) / len(members)
                 else:
                     step = matrix(key, present, len(members)).reshape(base[key].shape)
                 out[key] = (wide(base[key]) + step).to(base[key].dtype)
@@ -68,11 +76,15 @@ class _Spectral(GridMerger, Generic[Parts]):
 
         return merged
 
+    def _vector(self, weights: list[float], deltas: list[Tensor]) -> Tensor:
+        """The merged τ of one vector times the number of members."""
+        return _weighted(weights, deltas)
+
     @abstractmethod
     def _decompose(self, deltas: list[Tensor], members: int) -> Parts:
         """What no coefficient changes: found once for each matrix and choice of members.
 
-        ``deltas``: (n, m) each, of those of the ``members`` that moved this matrix.
+        ``deltas``: (n, m) each, of those of the ``members`` that count for this matrix.
         """
 
     @abstractmethod
@@ -142,12 +154,15 @@ class IsoC(_Spectral[list[Tensor]]):
 class Cart(_Spectral[Centred]):
     """Centred, rank-reduced task vectors.
 
-        θ̄ = mean(θ_i),   τ = (θ̄ − θ0) + Σ c_i · LR_r(θ_i − θ̄),   r = ``rank`` · min(n, m)
+        θ̄ = mean(θ_i),   τ = (θ̄ − θ0) + Σ c_i · LR_r(θ_i − θ̄),   r = ⌈``rank`` · min(n, m)⌉
 
-    The coefficients weigh the low-rank parts; the average is always whole.
+    The coefficients weigh the low-rank parts; the average is always whole, and all of what is made
+    of a vector. A member that did not move a matrix still lies off the centre, by θ0 − θ̄.
     """
 
     rank: float = 0.08
+
+    still_counts: ClassVar[bool] = True
 
     card: ClassVar[Card] = Card(
         summary="Adds low-rank parts of each expert to the average of all",
@@ -163,9 +178,12 @@ class Cart(_Spectral[Centred]):
             raise ValueError(f"need 0 < rank <= 1, got {self.rank}")
         super().__post_init__()
 
+    def _vector(self, weights: list[float], deltas: list[Tensor]) -> Tensor:
+        return _weighted([1.0] * len(deltas), deltas)
+
     def _decompose(self, deltas: list[Tensor], members: int) -> Centred:
         centre = _weighted([1.0] * len(deltas), deltas) / members
-        rank = max(1, round(self.rank * min(deltas[0].shape)))
+        rank = math.ceil(self.rank * min(deltas[0].shape))
         cut = []
         for delta in deltas:
             u, s, v = torch.linalg.svd(delta - centre, full_matrices=False)
