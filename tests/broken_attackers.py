@@ -161,7 +161,7 @@ class TakesWhatUsersRun(Sound):
         return super().recover(knowledge.shipped or released, knowledge, rng)
 
 
-@breaks("merging", "inputs-unchanged", "same-method", "asks-nothing", "side-effects")
+@breaks("merging")
 @dataclass(frozen=True)
 class TriesNothing(Sound):
     def merging(self, merger: Merger, anatomy: Anatomy) -> Merger:

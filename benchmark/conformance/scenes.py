@@ -250,7 +250,9 @@ class AttackCase(FreeRiderCase[Attack, Scene]):
         members = attack.members(inputs.released, known, rng)
         wrapped = attack.merging(merger(MERGER).method, known.anatomy)
         experts = [members.released, *members.partners]
-        wrapped.prepare(members.base, experts, None, rng)(wrapped.search_space(len(experts))[-1])
+        merge = wrapped.prepare(members.base, experts, None, rng)
+        for setting in wrapped.search_space(len(experts))[-1:]:  # none: the check `merging` tells
+            merge(setting)
         attack.refine(inputs.merged, known, rng)
 
     def states(self, inputs: Scene) -> tuple[State, ...]:
