@@ -133,9 +133,9 @@ def test_splits_are_disjoint_in_what_is_reported(finished: Path, suite: Suite) -
 
 def test_a_finished_run_is_not_touched(finished: Path, suite: Suite) -> None:
     before = (finished / "cells.jsonl").stat()
-    start = time.perf_counter()
+    start = time.process_time()
     run(suite, finished)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert (finished / "cells.jsonl").stat().st_mtime_ns == before.st_mtime_ns
 
 

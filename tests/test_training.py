@@ -148,13 +148,20 @@ def test_the_optimizer_gets_the_recipe_s_constants(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_draws_of_recipes_stay_as_they_were() -> None:
-    """Digests of version 0.1, before training could resume: experts must not change unnoticed."""
-    if not torch.__version__.startswith("2.15"):
-        pytest.skip("the digests were taken with torch 2.15")
-    assert digest(tuned("signs")).startswith("372630df5bd68d8c")
+    """Weights of version 0.1, before training could resume: experts must not change unnoticed.
+
+    Another draw moves some entry by more than 0.01, another version's rounding by less than 1e-5.
+    """
+
+    def first_row(state: State) -> list[float]:
+        return state["weight"][0].tolist()  # type: ignore[no-any-return]
+
+    plain = [-2.3819, -0.1649, -1.0076, -0.9851, -0.2522, 0.1901, -0.3117, -0.8280]
+    assert first_row(tuned("signs")) == pytest.approx(plain, abs=1e-3)
     recipe = replace(RECIPE, weight_decay=0.01, clip=0.1)
     state = tuned("signs", "order", seed=3, loss=noisy, recipe=recipe)
-    assert digest(state).startswith("c25287259f0f1fd8")
+    drawn = [-2.1745, -0.4283, -0.8606, -1.1741, -0.2947, 0.0238, -0.4487, -1.0394]
+    assert first_row(state) == pytest.approx(drawn, abs=1e-3)
     rng = torch.Generator().manual_seed(5)
     fine_tune(PLANE, TASKS, PLANE.base(), {"signs": TASKS["signs"].train}, rng, loss=noisy)
     assert int(torch.randint(10**9, (1,), generator=rng)) == 434824706
