@@ -13,8 +13,9 @@ from typing import Any
 from benchmark.api.contracts import Access
 from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell
+from benchmark.pipeline import plan as planning
 from benchmark.pipeline import suite as suites
-from benchmark.pipeline.plan import OF_MODULES, unique
+from benchmark.pipeline.plan import unique
 from benchmark.pipeline.suite import Suite
 from leaderboard import figures, trust
 from leaderboard.certificates import same_release, without_merit
@@ -51,8 +52,7 @@ def mandatory(suite: Suite, *, changes_modules: bool = False) -> list[Place]:
     Raises:
         UsageError: an attack or merger that does not ship with UnmergeBench.
     """
-    asked = (*suite.attacks, *(OF_MODULES if changes_modules else ()))
-    attacks = unique(trust.attack(spec) for spec in asked)
+    attacks = planning.attacks(suite, changes_modules=changes_modules, resolve=trust.attack)
     mergers = unique(trust.merger(spec) for spec in suite.mergers)
     return [
         (group.victim, tuple(group.partners), seed, attack.spec, merger.spec)

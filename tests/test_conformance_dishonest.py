@@ -129,3 +129,12 @@ def test_no_check_on_tiny_models_finds_who_behaves_on_tiny_models(tmp_path: Path
     (tests/test_read_shipped.py), and so does distillation.
     """
     assert check_defense(BehavesOnTinyModels()).passed
+
+
+def test_whatever_a_method_patched_a_check_leaves_as_it_was() -> None:
+    """Later checks call the method again: what the one that finds it put back is patched anew."""
+    from broken_dishonest import PatchesTheEvaluator
+
+    before = Evaluator.outcomes
+    assert not check_defense(PatchesTheEvaluator()).passed
+    assert Evaluator.outcomes is before

@@ -166,7 +166,10 @@ def _report(
     chosen = checks.named(only, "--only") if only else checks.all()
     notify("loading tiny models")
     warm_up(case)
-    return frame.run(checks.kind, case.spec, chosen, case, expect, notify)
+    try:
+        return frame.run(checks.kind, case.spec, chosen, case, expect, notify)
+    finally:
+        case.world.namespaces.restore()  # whoever calls next runs what ships
 
 
 def _tests(checks: Checks[C], case: C, expected: Mapping[str, str] | None) -> Tests:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 
 import torch
 
 from benchmark.api import methods
-from benchmark.api.contracts import Attack, Testbed
+from benchmark.api.contracts import Attack, Ensemble, Testbed
 from benchmark.api.methods import Named
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UsageError
@@ -17,8 +17,8 @@ from benchmark.pipeline import apart, identity
 from benchmark.pipeline.situation import Situation
 from benchmark.pipeline.suite import Suite
 
-#: What a defense that changes modules must stand, whatever the suite asks: its shipped tensors and
-#: its forward are public.
+#: What a defense that changes modules must stand to be ranked: its shipped tensors and its forward
+#: are public.
 OF_MODULES = ("read-shipped", "auto(tier=unlabeled)")
 
 
@@ -44,10 +44,21 @@ def unique(parts: Iterable[Named]) -> list[Named]:
     return list({part.spec: part for part in parts}.values())
 
 
-def attacks(suite: Suite, *, changes_modules: bool = False) -> list[Named[Attack]]:
-    """The attacks that a defense must stand under a suite."""
-    more = OF_MODULES if changes_modules else ()
-    return unique(methods.attack(spec) for spec in (*suite.attacks, *more))
+def attacks(
+    suite: Suite,
+    *,
+    changes_modules: bool = False,
+    resolve: Callable[[str], Named[Attack]] = methods.attack,
+) -> list[Named[Attack]]:
+    """The attacks that a defense must stand under a suite.
+
+    ``OF_MODULES`` among them where the suite judges, by a standard attacker; one that only measures
+    what a paper measured asks no more of anybody.
+    """
+    asked = unique(resolve(spec) for spec in suite.attacks)
+    if changes_modules and any(isinstance(part.method, Ensemble) for part in asked):
+        asked = unique([*asked, *(resolve(spec) for spec in OF_MODULES)])
+    return asked
 
 
 def make(suite: Suite, device: torch.device) -> Plan:
