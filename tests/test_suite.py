@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmark.api import methods
 from benchmark.core.errors import UsageError
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline.suite import builtin, load
@@ -27,14 +28,26 @@ def written(folder: Path, text: str) -> str:
     return str(path)
 
 
+def test_other_modules_are_judged_by_what_reads_them_and_by_inputs() -> None:
+    """Where a suite has a standard attacker; one that only measures asks no more of anybody."""
+    judging, measuring = load("smoke"), load("defenses")
+    for suite, more in ((judging, set(planning.OF_MODULES)), (measuring, set())):
+        asked, plain = (
+            {part.spec for part in planning.attacks(suite, changes_modules=one)}
+            for one in (True, False)
+        )
+        assert asked - plain == more
+
+
 @pytest.mark.parametrize("name", builtin())
 def test_every_shipped_suite_can_be_planned(name: str) -> None:
     suite = load(name)
     assert suite.name == name
     plan = planning.make(suite, CPU)
     groups = len(suite.groups) * len(suite.seeds)
-    methods = len(suite.defenses) * len(suite.attacks) * len(suite.mergers)
-    assert len(plan.cells) == groups * methods
+    foreign = [methods.defense(spec).method.changes_modules for spec in suite.defenses]
+    attacks = sum(len(planning.attacks(suite, changes_modules=one)) for one in foreign)
+    assert len(plan.cells) == groups * attacks * len(suite.mergers)
     assert len({cell.key for cell in plan.cells}) == len(plan.cells)
 
 
