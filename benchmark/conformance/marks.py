@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from benchmark.api.methods import DEFENSES
-from benchmark.api.specs import parse, split_composite
 from benchmark.core import sources
 from benchmark.core.paths import cache, write_text
 
@@ -50,7 +49,7 @@ def marks(
 
 
 def _mark(spec: str, notify: Callable[[str], None]) -> Mark:
-    source = _source(spec)
+    source = DEFENSES.fingerprint(spec)
     if DEFENSES.ships(spec):
         return Mark(source=source, passed=True, failed=[], excused=[])
     kept = _kept(spec, source)
@@ -62,14 +61,6 @@ def _mark(spec: str, notify: Callable[[str], None]) -> Mark:
     if mark["failed"] != [NO_REPORT]:  # what killed it may have been the machine's
         write_text(kept, json.dumps(mark, indent=2) + "\n")
     return mark
-
-
-def _source(spec: str) -> str:
-    """sha256 over the source that a spec depends on, that of each of its parts in order."""
-    total = hashlib.sha256()
-    for part in split_composite(spec):
-        total.update(sources.fingerprint(DEFENSES.source(parse(part)[0])).encode())
-    return total.hexdigest()
 
 
 def _kept(spec: str, source: str) -> Path:

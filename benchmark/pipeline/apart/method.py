@@ -13,7 +13,6 @@ from benchmark.api import methods
 from benchmark.api.contracts import Card, Defense, Victim
 from benchmark.api.methods import Named
 from benchmark.api.specs import parse, split_composite
-from benchmark.core import sources
 from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError
 from benchmark.core.state import State
 from benchmark.pipeline.apart import processes
@@ -67,12 +66,12 @@ def defense(spec: str) -> Named[Defense]:
     """
     if methods.DEFENSES.ships(spec):
         return methods.defense(spec)
-    before = _sources(spec)
+    before = methods.DEFENSES.fingerprint(spec)
     process = processes.begin(spec)
     facts = _described(process, spec)
     method = Apart(facts, _identity(facts.spec))
     process.spec = facts.spec
-    if _sources(spec) != before:
+    if methods.DEFENSES.fingerprint(spec) != before:
         raise _edited(spec)
     return Named(facts.spec, method)
 
@@ -127,17 +126,9 @@ def _names(spec: str) -> list[str]:
     return [parse(part)[0] for part in split_composite(spec)]
 
 
-def _sources(spec: str) -> list[str]:
-    """The fingerprint of each part's code. Raises UsageError: there is none of that name."""
-    return [sources.fingerprint(methods.DEFENSES.source(name)) for name in _names(spec)]
-
-
 def _identity(spec: str) -> str:
-    parts = [
-        # Where its file lies says nothing about what it does.
-        [name.rpartition(":")[2], sorted(arguments.items()), source]
-        for (name, arguments), source in zip(
-            map(parse, split_composite(spec)), _sources(spec), strict=True
-        )
-    ]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    parts = [parse(part) for part in split_composite(spec)]
+    # Where its file lies says nothing about what it does.
+    named = [[name.rpartition(":")[2], sorted(arguments.items())] for name, arguments in parts]
+    source = methods.DEFENSES.fingerprint(spec)
+    return hashlib.sha256(repr([named, source]).encode()).hexdigest()
