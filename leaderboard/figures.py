@@ -25,7 +25,14 @@ from benchmark.core.errors import MethodError
 from benchmark.core.records import Cell
 from benchmark.evaluation.benign import USES
 from benchmark.evaluation.flags import FLAGS, of_cell
-from benchmark.evaluation.scoring import Gains, accuracies, gain, normalized
+from benchmark.evaluation.scoring import (
+    SITUATIONS,
+    Gains,
+    accuracies,
+    gain,
+    is_release,
+    normalized,
+)
 from benchmark.evaluation.statistics import ratio_protection, unpack_bits
 from benchmark.pipeline.suite import Suite
 from leaderboard.entry import measured
@@ -80,9 +87,14 @@ def _of_outcomes(cell: Cell, suite: Suite, bits: Bits) -> Iterator[str]:
     if len(expert[cell.victim]) != cell.n_test or cell.n_test > suite.test:
         yield f"{len(expert[cell.victim])} outcomes, n_test {cell.n_test}, suite {suite.test}"
     own, utility = accuracies(expert), accuracies(bits["released"])[cell.victim]
-    gains = Gains(*(gain(bits[who], expert) for who in Gains._fields))
+    alone = is_release(cell.outside_choice)
+    gains = Gains.made((gain(bits[who], expert) for who in SITUATIONS), alone=alone)
     left = gains.protection
-    interval = None if left is None else ratio_protection(cell.correct, scope=cell.testbed).interval
+    interval = (
+        None
+        if left is None
+        else ratio_protection(cell.correct, alone=alone, scope=cell.testbed).interval
+    )
     if cell.status != gains.status:
         yield f"status {cell.status} does not follow from its gains"
     pairs: list[tuple[str, Any, Any]] = [

@@ -107,6 +107,7 @@ def cell(
         else "unlabeled"
         if attack in UNLABELED
         else "weights",
+        "outside_choice": "base" if same else "released alone",
         "accuracy": attacked,
         "status": gains.status,
         "gain": gains.attacked,

@@ -75,6 +75,16 @@ def test_what_a_release_gives_away_is_not_protected() -> None:
     assert all(g.benefit == pytest.approx(0.4) for g in (kept, within, given_away, emptied))
 
 
+def test_an_outside_option_that_no_release_has_a_part_in_counts_in_full() -> None:
+    """With few validation examples the free-rider misses the best one, now with the expert."""
+    missed = Gains(attacked=0.8, undefended=1.0, outside=0.7, reference=0.6, alone=False)
+    assert not missed.raised
+    assert missed.protection == pytest.approx(1 - 0.1 / 0.3)
+    emptied = missed._replace(outside=0.99)
+    assert emptied.raised
+    assert emptied.protection == 0
+
+
 def test_resamples_stand_under_the_verdict_of_the_gains() -> None:
     drawn = np.array([[0.9, 1.0, 0.8, 0.6], [0.5, 0.9, 0.4, 0.5]])
     emptied = Gains(attacked=0.99, undefended=1.0, outside=0.99, reference=0.6)

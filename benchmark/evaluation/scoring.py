@@ -6,7 +6,7 @@ G and protection are computed here and nowhere else.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,13 +24,21 @@ class Gains(NamedTuple):
 
     ``outside``: G0, what the free-rider has without merging the release; ``reference``: the same
     with the undefended expert as release. Which cells count hangs on the latter, so that it is the
-    same for every defense.
+    same for every defense. ``alone``: that outside option is the release itself, used alone (and
+    not the base or partners, which no release has a part in).
     """
 
     attacked: float
     undefended: float
     outside: float
     reference: float
+    alone: bool = True
+
+    @classmethod
+    def made(cls, values: Iterable[float], *, alone: bool) -> Gains:
+        """From G in each of ``SITUATIONS``."""
+        attacked, undefended, outside, reference = values
+        return cls(attacked, undefended, outside, reference, alone)
 
     @classmethod
     def of(cls, cell: Cell) -> Gains | None:
@@ -38,7 +46,8 @@ class Gains(NamedTuple):
         found = (cell.gain, cell.gain_undefended, cell.gain_outside, cell.gain_reference)
         if cell.status not in ("ok", "no-benefit") or None in found:
             return None
-        return cls(*(float(value) for value in found if value is not None))
+        values = (float(value) for value in found if value is not None)
+        return cls.made(values, alone=is_release(cell.outside_choice))
 
     @property
     def benefit(self) -> float:
@@ -54,9 +63,8 @@ class Gains(NamedTuple):
     @property
     def raised(self) -> bool:
         """Whether the release itself gives away what a merge would have gained."""
-        return self.status == "ok" and (
-            thresholds.raises_outside(self.outside, self.reference) or self.emptied
-        )
+        gives = self.alone and thresholds.raises_outside(self.outside, self.reference)
+        return self.status == "ok" and (gives or self.emptied)
 
     @property
     def emptied(self) -> bool:
@@ -67,8 +75,8 @@ class Gains(NamedTuple):
     def protection(self) -> float | None:
         """1 − (G(attacked) − G0) / (G(undefended) − G0), raw; None where there was no benefit.
 
-        What a release adds to G0 is given away, not protected: G0 counts up to the undefended
-        expert's, and a release that leaves no benefit protects nothing.
+        What a release used alone adds to G0 is given away, not protected: it counts up to the
+        undefended expert's, and a release that leaves no benefit protects nothing.
         """
         if self.status == "no-benefit":
             return None
@@ -80,11 +88,23 @@ class Gains(NamedTuple):
 
         Of these gains, or of resamples of them ``drawn`` (n, 4) under the same verdict: () or (n,).
         """
-        attacked, undefended, outside, reference = np.asarray(self) if drawn is None else drawn.T
+        attacked, undefended, outside, reference = (
+            np.asarray(self[:4]) if drawn is None else drawn.T
+        )
         if self.emptied:
             return undefended - reference, undefended - reference
-        outside = np.minimum(outside, reference)
+        if self.alone:
+            outside = np.minimum(outside, reference)
         return attacked - outside, undefended - outside
+
+
+#: The situations of which outcomes are kept, in the order of :class:`Gains`.
+SITUATIONS = Gains._fields[:4]
+
+
+def is_release(choice: str) -> bool:
+    """Whether an outside option of this name is the release, alone or adapted."""
+    return choice.startswith("released")
 
 
 def ratio(left: float, benefit: float) -> float:

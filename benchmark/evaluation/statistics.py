@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.records import Cell
-from benchmark.evaluation.scoring import Gains, ratio
+from benchmark.evaluation.scoring import SITUATIONS, Gains, ratio
 
 RESAMPLES = 1000
 SEED = 0
 LEVEL = 0.95
 #: Groups of ``Cell.correct`` that are resampled; the others are of one task or of no gain.
-MODELS = (*Gains._fields, "expert")
+MODELS = (*SITUATIONS, "expert")
 
 Correct = Mapping[str, Mapping[str, str]]
 Floats = NDArray[np.float64]
@@ -137,7 +137,7 @@ def resampled_gains(
     if missing:
         raise UnmergeBenchError(f"no per-example outcomes of {', '.join(missing)}; run it again")
     tasks = sorted(correct["attacked"])
-    point, drawn = np.zeros(len(Gains._fields)), np.zeros((resamples, len(Gains._fields)))
+    point, drawn = np.zeros(len(SITUATIONS)), np.zeros((resamples, len(SITUATIONS)))
     for task in tasks:
         try:
             found = [
@@ -173,15 +173,20 @@ def _estimate(value: float, left: Floats, benefit: Floats) -> Estimate:
 
 
 def ratio_protection(
-    correct: Correct, *, scope: str = "", resamples: int = RESAMPLES, seed: int = SEED
+    correct: Correct,
+    *,
+    alone: bool = True,
+    scope: str = "",
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
 ) -> Estimate:
     """Protection of one cell from ``Cell.correct``, with its 95 % paired bootstrap interval.
 
-    Deterministic. NaN where merging the undefended expert has no benefit; the interval alone is NaN
-    where more than 5 % of the resamples have none.
+    ``alone``: the outside option is the release. Deterministic. NaN where merging the undefended
+    expert has no benefit; the interval alone is NaN where more than 5 % of the resamples have none.
     """
     point, drawn = resampled_gains(correct, scope=scope, resamples=resamples, seed=seed)
-    gains = Gains(*(float(g) for g in point))
+    gains = Gains.made(map(float, point), alone=alone)
     value = gains.protection
     return _estimate(math.nan if value is None else value, *gains.terms(drawn))
 

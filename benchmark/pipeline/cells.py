@@ -13,7 +13,14 @@ from benchmark.core.errors import Tampered, described, stop_if_serious
 from benchmark.core.records import Cell, Hashes, Seconds, Spent
 from benchmark.core.state import digest
 from benchmark.evaluation import flags
-from benchmark.evaluation.scoring import Gains, accuracies, gain, normalized
+from benchmark.evaluation.scoring import (
+    SITUATIONS,
+    Gains,
+    accuracies,
+    gain,
+    is_release,
+    normalized,
+)
 from benchmark.evaluation.statistics import pack_bits, ratio_protection
 from benchmark.pipeline import benign
 from benchmark.pipeline import candidates as made
@@ -190,14 +197,17 @@ class CellMaker:
             "reference": reference.correct,
         }
         cell.correct |= _packed(**found)
-        gains = Gains(**{who: gain(correct, experts) for who, correct in found.items()})
+        alone = is_release(cell.outside_choice)
+        gains = Gains.made((gain(found[who], experts) for who in SITUATIONS), alone=alone)
         cell.gain, cell.gain_undefended = gains.attacked, gains.undefended
         cell.gain_outside, cell.gain_reference = gains.outside, gains.reference
         cell.status, cell.protection = gains.status, gains.protection
         if cell.status == "no-benefit":
             cell.reason = "merging the undefended expert gains less than 0.02 over not merging it"
         else:
-            cell.protection_ci = ratio_protection(cell.correct, scope=cell.testbed).interval
+            cell.protection_ci = ratio_protection(
+                cell.correct, alone=alone, scope=cell.testbed
+            ).interval
 
     def _merged(self, cell: Cell, at: Situation, attacked: Outcome) -> None:
         """The best merge that uses the victim."""

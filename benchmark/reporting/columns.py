@@ -99,7 +99,8 @@ def _tax(row: Row) -> Shown:
 
 def _cost(row: Row) -> Shown:
     seconds, multiple = row.protect_seconds, row.protect_multiple
-    times = [] if multiple is None else [f"{multiple:.2g} × tuning"]
+    shown = "" if multiple is None else "<0.01" if multiple < 0.01 else f"{multiple:.2g}"
+    times = [f"{shown} × tuning"] if shown else []
     return number("<0.1" if seconds < 0.1 else "{:.3g}", seconds, *times)
 
 

@@ -26,7 +26,7 @@ _STYLE = {"holds": "bold blue", "partly": "yellow", "broken": "bold red", "error
           "skipped": "dim", "no-benefit": "dim", "dim": "dim", "late": "bold red"}  # fmt: skip
 _MOST_ERRORS = 8
 _TITLES: dict[Track, str] = {
-    "weights": "Ranking by robust protection: the lower end of the least, all attacks and mergers",
+    "weights": "Ranking by robust protection (lower end): the least of all attacks and mergers",
     "modules": "Ranking of releases whose users run other modules than mergers see",
 }
 
