@@ -99,7 +99,7 @@ def test_what_a_release_gives_away_is_not_protected(seed: int, percent: int) -> 
     else:
         assert estimate.value == pytest.approx(min(1, most))
         # No resample frees a release of what it gave away: its outcomes may only be worth less.
-        assert estimate.high <= min(1, most) + 0.1
+        assert estimate.high <= min(1, most) + 0.2
 
 
 @given(st.integers(0, 999), st.integers(40, 90))
