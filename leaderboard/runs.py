@@ -38,9 +38,9 @@ def read(path: Path) -> Run:
     Raises:
         UnmergeBenchError: no run there, or a damaged one.
     """
-    from benchmark.pipeline.run import read_cells, read_run
+    from benchmark.pipeline.run import judged_cells, read_run
 
-    return Run(path, read_run(path), read_cells(path))
+    return Run(path, read_run(path), judged_cells(path))
 
 
 def combine(paths: Sequence[Path]) -> list[Cell]:

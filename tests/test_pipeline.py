@@ -259,3 +259,12 @@ def test_damaged_cells_are_named(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "cells.jsonl").write_text(lines[0] + "\n{broken}\n" + lines[1] + "\n")
     with pytest.raises(UnmergeBenchError, match=r"cells\.jsonl:2"):
         running.read_cells(tmp_path)
+
+
+def test_a_run_of_an_earlier_version_is_told(finished: Path, tmp_path: Path) -> None:
+    cells = [json.loads(line) for line in (finished / "cells.jsonl").read_text().splitlines()]
+    old = [{**cell, "gain_reference": None} for cell in cells]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in old))
+    assert len(running.read_cells(tmp_path)) == len(cells)
+    with pytest.raises(UnmergeBenchError, match="made by an earlier version"):
+        running.judged_cells(tmp_path)

@@ -125,9 +125,9 @@ def report(
 
       unmergebench report runs/quick --json
     """
-    from benchmark.pipeline.run import read_cells
+    from benchmark.pipeline.run import judged_cells
 
-    _report(folder, read_cells(folder), as_json)
+    _report(folder, judged_cells(folder), as_json)
 
 
 def _report(

@@ -50,6 +50,21 @@ def read_cells(folder: Path) -> list[Cell]:
     return cells
 
 
+def judged_cells(folder: Path) -> list[Cell]:
+    """The cells of a run folder, to put together.
+
+    Raises:
+        UnmergeBenchError: as :func:`read_cells`; or made by a version with other rules, whose cells
+            lack what today's verdicts follow from.
+    """
+    cells = read_cells(folder)
+    if any(cell.gain is not None and cell.gain_reference is None for cell in cells):
+        raise UnmergeBenchError(
+            f"{folder} was made by an earlier version of UnmergeBench; run it again"
+        )
+    return cells
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """``run.json`` of a run folder."""
     import json
