@@ -248,6 +248,7 @@ def spectrum(state: State, base: State) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["none", "trap2(weight=0.01, adapter=lora)"])
 def test_experts_and_traps_are_adapters(spec: str, bench: Workbench) -> None:
     state, accuracy = released(bench, spec)
@@ -258,6 +259,7 @@ def test_experts_and_traps_are_adapters(spec: str, bench: Workbench) -> None:
     assert accuracy > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lock", ["params", "mergelock"])
 def test_a_lock_on_the_adapter_alone_loses_what_a_lock_on_the_model_keeps(
     lock: str, bench: Workbench
@@ -273,6 +275,7 @@ def test_a_lock_on_the_adapter_alone_loses_what_a_lock_on_the_model_keeps(
     assert defense(lock).method.card.exact
 
 
+@pytest.mark.slow
 def test_a_lock_on_the_adapter_alone_is_undone_with_its_key_and_the_base(bench: Workbench) -> None:
     base, expert = bench.evaluator.base, bench.expert("mnist-low").state()
     lock = MergeLock(adapter_only=True)
@@ -284,6 +287,7 @@ def test_a_lock_on_the_adapter_alone_is_undone_with_its_key_and_the_base(bench: 
         lock.unlock(locked, bench.anatomy, generator(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["task-arithmetic", "ties", *NAMES])
 def test_merges_of_adapters_know_both_tasks(spec: str, bench: Workbench) -> None:
     tasks = ("mnist-low", "mnist-high")

@@ -257,6 +257,7 @@ def test_a_process_that_ends_at_import_is_an_error(tmp_path: Path) -> None:
         apart.defense(f"{tmp_path}/leaves.py:X")
 
 
+@pytest.mark.slow
 def test_an_entry_point_of_another_distribution_runs_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +402,7 @@ def test_a_later_change_of_the_file_reaches_nothing(tmp_path: Path) -> None:
     assert not any(value.any() for value in read.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [("gone", "ended with exit code 0"), ("forged", "that is no message")],
@@ -426,6 +428,7 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_progress_of_a_training(
     method: Apart, tell: Tell, tmp_path: Path, ctrl_c: None
 ) -> None:
@@ -468,6 +471,7 @@ test_apart.protect(method, resume=lambda number: Path(sys.argv[2]), notify=kille
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_process_and_no_folder(
     folder: Path, tell: Tell, tmp_path: Path
 ) -> None:
@@ -530,6 +534,7 @@ def test_a_forward_that_is_honest_when_judged_is_honest_to_an_attack(
     assert torch.allclose(attacked, judged, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_whose_process_ended_is_made_again(method: Apart, tell: Tell) -> None:
     tell("plain")
     shipped = ship(method)
@@ -556,6 +561,7 @@ def test_features_of_another_shape_are_an_error(method: Apart, tell: Tell) -> No
 # Processes
 
 
+@pytest.mark.slow
 def test_no_process_serves_two_victims_and_only_a_few_are_kept(
     method: Apart, tell: Tell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -591,6 +597,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "clip", "open-clip", "bert"])
 def test_a_declared_model_travels_without_its_files(zoo: Path, tmp_path: Path, name: str) -> None:
     from declared import backbone, pictures
@@ -611,6 +618,7 @@ def test_a_declared_model_travels_without_its_files(zoo: Path, tmp_path: Path, n
         arena.features(opened.base(), inputs)
 
 
+@pytest.mark.slow
 def test_packaged_models_travel_without_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -670,6 +678,7 @@ def test_a_model_that_does_not_travel_is_an_error(tmp_path: Path) -> None:
         parcel.write(tmp_path / "parcel")
 
 
+@pytest.mark.slow
 def test_a_declared_testbed_trains_without_its_file(
     zoo: Path, folder: Path, tell: Tell, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_what_spoils_or_patches_reaches_nobody(tmp_path: Path) -> None:
     assert all(rows[name].utility == undefended.utility for name in ("Spoils", "Patches"))
 
 
+@pytest.mark.slow
 def test_training_on_the_test_split_is_an_error(tmp_path: Path) -> None:
     rows, cells = judged(tmp_path, f"{CHEATS}:TrainsOnTest")
     assert {cell.status for cell in cells} == {"error"}
@@ -68,6 +69,7 @@ def test_training_on_the_test_split_is_an_error(tmp_path: Path) -> None:
     assert rows["TrainsOnTest"].standing == "unranked"
 
 
+@pytest.mark.slow
 def test_what_gives_the_benefit_away_protects_nothing(tmp_path: Path) -> None:
     """A release that knows the partner's task: once `no-benefit`, and left out of its own score."""
     from benchmark.api import methods

@@ -24,6 +24,8 @@ from benchmark.conformance import DEFENSE_CHECKS, check_defense
 from benchmark.core.errors import UsageError
 from benchmark.evaluation.accuracy import Evaluator
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("cls", "names"), DISHONEST, ids=lambda v: getattr(v, "__name__", ""))
 def test_a_dishonest_defense_is_caught_by_name(cls: type[Defense], names: set[str]) -> None:

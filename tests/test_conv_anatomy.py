@@ -325,6 +325,7 @@ def test_units_hold_every_slot_once() -> None:
         assert all(isinstance(u, MLPBlock | Channels) for u in setting(name)[3].units)
 
 
+@pytest.mark.slow
 def test_on_real_digits_a_permutation_destroys_the_merge_and_matching_restores_it(
     home: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def test_without_its_data_it_says_so(spec: str) -> None:
         method.merge(base, members, setting, known(access=Access.UNLABELED), generator())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_architecture_merges(spec: str, name: str) -> None:
@@ -231,6 +232,7 @@ def test_what_is_searched() -> None:
 # --- through the pipeline -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_says_what_the_free_rider_knew_and_used(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

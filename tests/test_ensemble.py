@@ -194,6 +194,7 @@ def test_a_member_that_fails_is_noted_and_all_failing_is_an_error(tmp_path: Path
     assert "every attack" in none.reason
 
 
+@pytest.mark.slow
 def test_data_counts_only_beyond_what_it_gives_the_base(tmp_path: Path) -> None:
     """Many labels on the victim's task make an expert of the base: then rinsing gains nothing."""
     found = run(

@@ -145,6 +145,7 @@ def submitting(place: Path, who: int) -> None:
             _write(place, small(credit=f"{who}/{n}"))
 
 
+@pytest.mark.slow
 def test_many_writers_lose_nothing(tmp_path: Path) -> None:
     """Three processes submit four versions each while this one reads."""
     (tmp_path / "mergelock").mkdir()

@@ -253,6 +253,7 @@ def other_machine(cells: list[Cell], rng: np.random.Generator, flips: int) -> li
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_honest_machines_agree(usual: Data) -> None:
     """10 flips of 57,600 outcomes, as seen between machines, and each wherever its model stands:
     3,000 re-runs of three cells without one alarm bound the rate by 1 in 1,000 (95 %)."""
@@ -267,6 +268,7 @@ def test_honest_machines_agree(usual: Data) -> None:
     assert alarms == 0
 
 
+@pytest.mark.slow
 def test_honest_machines_agree_on_every_cell(usual: Data) -> None:
     entry = Entry.model_validate(usual)
     rng = np.random.default_rng(1)
@@ -276,6 +278,7 @@ def test_honest_machines_agree_on_every_cell(usual: Data) -> None:
         assert not [p for pair in both for p in differences(*pair)] + list(together(both))
 
 
+@pytest.mark.slow
 def test_what_a_forger_can_still_gain(usual: Data) -> None:
     """Whoever stays within all bounds moves no protection by more than is printed beside it."""
     entry = Entry.model_validate(usual)

@@ -118,6 +118,7 @@ def sweep(folder: Path, merger: str, rungs: tuple[int, ...]) -> Cell:
     return cell
 
 
+@pytest.mark.slow
 def test_the_sweep_finds_what_trying_everything_finds(tmp_path: Path) -> None:
     spec = "task-arithmetic(per=layer, bands=2, grid=(0.5, 1.0))"
     raced = sweep(tmp_path / "raced", spec, (4, 8, 16, 32, 64, 100))

@@ -96,6 +96,7 @@ def test_a_stopped_training_continues_to_the_same_bits(
     assert after == draw
 
 
+@pytest.mark.slow
 def test_a_killed_process_continues_to_the_same_bits(file: Path) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     killed = subprocess.run(

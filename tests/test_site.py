@@ -351,6 +351,7 @@ def test_no_entry_is_a_page_too(tmp_path: Path) -> None:
     assert len(pd.read_parquet(tmp_path / "site" / "leaderboard.parquet")) == 0
 
 
+@pytest.mark.slow
 def test_builds_while_entries_are_written_lose_nothing(tmp_path: Path) -> None:
     home = written(tmp_path / "e", entry("d0", mergers=MERGERS[:1]))
     made, failed, done = [1], [], threading.Event()

@@ -225,6 +225,7 @@ def test_what_they_may_not_do_without_knowing_the_task(spec: str) -> None:
         method.merge(base, experts, Setting((1.0, 1.0)), plain, generator())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partners", [1, 3])
 def test_their_cells_stand_on_their_own_track(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partners: int

@@ -16,6 +16,8 @@ from test_tutorial import blocks, commands, shows
 
 from benchmark.testbeds.declared import Declared
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "your-testbed.md"
 EXAMPLE = DOCS / "examples" / "vit-tiny"

@@ -17,6 +17,8 @@ from benchmark.pipeline.store import Store
 from benchmark.pipeline.workbench import Workbench
 from defenses.trap2 import scaled
 
+pytestmark = pytest.mark.slow
+
 VICTIM = "mnist-low"
 QUICK = "trap2(grid=(0.02, 0.05), tolerance=1.0, steps=0.1)"
 

@@ -86,6 +86,7 @@ class Reader:
         shows(output, shown)
 
 
+@pytest.mark.slow
 def test_the_tutorial_works_as_written(
     cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
