@@ -26,18 +26,37 @@ ASSETS = cache_folder() / "assets"
 Cli = Callable[..., tuple[int, str]]
 
 
-def with_assets(folder: Path) -> Path:
-    """``folder`` as an empty cache that shares the user's assets (fetched there if need be)."""
+def with_assets(folder: Path, bases: Path | None = None) -> Path:
+    """``folder`` as an empty cache that shares the user's assets (fetched there if need be).
+
+    ``bases``: the ``testbeds`` of another cache, to share what testbeds keep: prepared data and
+    pretrained bases, under file locks.
+    """
     ASSETS.mkdir(parents=True, exist_ok=True)
     folder.mkdir()
     (folder / "assets").symlink_to(ASSETS)
+    if bases is not None:
+        (folder / "testbeds").symlink_to(bases)
     return folder
+
+
+def some_slow(values: list[str], slow: set[str]) -> list:
+    """``values`` as parameters of a test; ``slow``: those that the default run leaves out."""
+    assert slow <= set(values), f"no such parameters: {slow - set(values)}"
+    return [
+        pytest.param(value, marks=[pytest.mark.slow] if value in slow else []) for value in values
+    ]
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for the tests that run real testbeds: base and experts are trained once."""
-    return with_assets(tmp_path_factory.mktemp("home") / "cache")
+    """One cache for the tests that run real testbeds: experts are trained once, and what testbeds
+    keep is made once for all of pytest's processes."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    (root / "bases").mkdir(exist_ok=True)
+    return with_assets(tmp_path_factory.mktemp("home") / "cache", root / "bases")
 
 
 @pytest.fixture(scope="session")

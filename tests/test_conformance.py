@@ -19,6 +19,7 @@ from broken import (
     SwitchesGradientsOff,
 )
 from broken_dishonest import DISHONEST
+from conftest import some_slow
 
 from benchmark.api.contracts import Defense, Victim
 from benchmark.api.methods import DEFENSES
@@ -37,7 +38,10 @@ from benchmark.core.state import State
 NAMES = tuple(check.name for check in DEFENSE_CHECKS.all())
 
 
-@pytest.mark.parametrize("spec", [*DEFENSES.names(), "params+mergelock"])
+@pytest.mark.parametrize(
+    "spec",
+    some_slow([*DEFENSES.names(), "params+mergelock"], {*DEFENSES.names()} - {"none", "params"}),
+)
 def test_every_built_in_keeps_its_contract(spec: str) -> None:
     report = check_defense(spec)
     assert report.passed, [o for o in report.outcomes if o.status == "failed"]

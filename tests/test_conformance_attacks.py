@@ -12,6 +12,7 @@ import pytest
 import torch
 from broken_attackers import SoundEnsemble
 from broken_attacks import BROKEN, RemembersWhatItKnew, Sound, SoundTrained
+from conftest import some_slow
 
 from benchmark.api import methods
 from benchmark.api.contracts import Access, Attack, Knowledge
@@ -43,16 +44,20 @@ QUICK = {
     "mergetune": "mergetune(draws=2,steps=2)",
     "rinse": "rinse(steps=2)",
 }
+BUILT_IN = [*(QUICK.get(n, n) for n in ATTACKS.names()), *COMPOSITES]
 COMPOSITES = ("head-norm(reference=balanced)+norm-match+nominal-pin", "gauge-align+rinse(steps=1)")
 
 
-@pytest.mark.parametrize("spec", [*(QUICK.get(n, n) for n in ATTACKS.names()), *COMPOSITES])
+@pytest.mark.parametrize(
+    "spec", some_slow(BUILT_IN, {*BUILT_IN} - {"none", "gauge-align", "read-shipped"})
+)
 def test_every_built_in_keeps_its_contract(spec: str) -> None:
     report = check_attack(spec)
     assert report.passed, [o for o in report.outcomes if o.status == "failed"]
     assert [o.check for o in report.outcomes] == list(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", ["unlabeled", "labeled"])
 def test_every_tier_of_the_standard_attacker_keeps_its_contract(tier: str) -> None:
     assert check_attack(f"auto(tier={tier})", only=["access-tier", "budget", "ensemble"]).passed

@@ -15,7 +15,7 @@ from broken_mergers import (
     SoundWithData,
     StepsForFree,
 )
-from conftest import Cli
+from conftest import Cli, some_slow
 
 from benchmark.api.contracts import Merger, Setting
 from benchmark.api.methods import MERGERS
@@ -41,16 +41,20 @@ QUICK = {
 }
 VARIANTS = ("ties(scope=tensor)", "task-arithmetic(per=layer)", "fisher(per_task=2,labels=sampled)")
 OWN = [name for name in MERGERS.names() if not name.startswith("mergekit/")]
+BUILT_IN = [*(QUICK.get(n, n) for n in OWN), *VARIANTS]
+THEIRS = sorted(set(MERGERS.names()) - {*OWN, "mergekit/passthrough"})
 
 
-@pytest.mark.parametrize("spec", [*(QUICK.get(n, n) for n in OWN), *VARIANTS])
+@pytest.mark.parametrize(
+    "spec", some_slow(BUILT_IN, {*BUILT_IN} - {"task-arithmetic", "dare", "emr"})
+)
 def test_every_built_in_keeps_its_contract(spec: str) -> None:
     report = check_merger(spec)
     assert report.passed, [o for o in report.outcomes if o.status == "failed"]
     assert [o.check for o in report.outcomes] == list(NAMES)
 
 
-@pytest.mark.parametrize("name", sorted(set(MERGERS.names()) - {*OWN, "mergekit/passthrough"}))
+@pytest.mark.parametrize("name", some_slow(THEIRS, {*THEIRS} - {"mergekit/dare-ties"}))
 def test_so_does_mergekit(name: str) -> None:
     pytest.importorskip("mergekit")
     report = check_merger(name)

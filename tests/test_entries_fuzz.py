@@ -194,6 +194,7 @@ def test_a_valid_entry_is_one() -> None:
     assert tally.sound == 1
 
 
+@pytest.mark.slow
 def test_ten_thousand_malformed_entries() -> None:
     tally = Tally()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import some_slow
 from torch import Tensor
 
 from benchmark.api import methods
@@ -26,8 +27,14 @@ from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite, load
 
 META = torch.device("meta")
-TESTBEDS = ("digits", "minilm", "dinov2-small")
+TESTBEDS = some_slow(["digits", "minilm", "dinov2-small"], {"minilm", "dinov2-small"})
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(home))
+    return home
 
 
 def on_testbed(spec: str) -> tuple[Testbed, Task]:
@@ -66,9 +73,9 @@ def test_training_reads_nothing_on_the_host(spec: str) -> None:
 
 
 def test_the_order_of_an_epoch_goes_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmark.learn.training import _Batches
+    from benchmark.learn.training import Batches
 
-    batches = _Batches(
+    batches = Batches(
         Split({"x": torch.arange(40.0)}, torch.arange(40)), 8, torch.Generator().manual_seed(0)
     )
     sent: list[int] = []
@@ -123,10 +130,7 @@ def test_evaluation_waits_once_and_agrees_with_the_cpu(spec: str) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_suite_runs_on_the_gpu(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(home))
+def test_a_suite_runs_on_the_gpu(tmp_path: Path) -> None:
     asked = {**load("smoke").model_dump(), "defenses": ("none", "mergelock"), "test": 200}
     cuda = torch.device("cuda")
     cells = running.execute(planning.make(Suite.model_validate(asked), cuda), tmp_path, cuda)

@@ -66,6 +66,7 @@ def trapped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exception | N
         return dict(zip(TRAPS, pool.map(outcome, TRAPS), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_an_architecture_it_cannot_merge_is_an_error(
     name: str, trapped: dict[str, Exception | None]
@@ -99,6 +100,7 @@ def drawn() -> list[State]:
         return [*found, mergekit_cli.merge_states(request, states, seed)]
 
 
+@pytest.mark.slow
 def test_the_seed_fixes_what_it_draws_across_processes(drawn: list[State]) -> None:
     adapter, again, other = drawn
     assert adapter.keys() == small(0).keys()
@@ -156,6 +158,7 @@ def test_merge_types_what_a_free_rider_types(
         assert float((a[key] - value).abs().max()) <= 1e-6 * float(value.abs().max()), key
 
 
+@pytest.mark.slow
 def test_open_clip_goes_through_its_file(tmp_path: Path) -> None:
     base, one, two = trio("open-clip", tmp_path)
     origin, states = folders.load(base), [folders.load(path).state for path in (one, two)]

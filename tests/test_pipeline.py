@@ -139,10 +139,13 @@ def test_a_finished_run_is_not_touched(finished: Path, suite: Suite) -> None:
     assert (finished / "cells.jsonl").stat().st_mtime_ns == before.st_mtime_ns
 
 
+@pytest.mark.slow
 def test_two_runs_with_the_same_seeds_are_identical(
     finished: Path, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
-    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(with_assets(tmp_path / "cache")))
+    monkeypatch.setenv(
+        "UNMERGEBENCH_CACHE", str(with_assets(tmp_path / "cache", home / "testbeds"))
+    )
     run(suite, tmp_path / "run")
     assert timeless(tmp_path / "run") == timeless(finished)
 
@@ -155,12 +158,13 @@ def test_seeds_change_the_lock_only(suite: Suite, home: Path, tmp_path: Path) ->
     assert cells["none", 0].accuracy == cells["none", 1].accuracy
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_a_run_resumes_to_the_same_cells(
     finished: Path, suite: Suite, home: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "suite.toml"
     file.write_text(_toml(suite))
-    cache = with_assets(tmp_path / "cache")
+    cache = with_assets(tmp_path / "cache", home / "testbeds")
     out = tmp_path / "run"
     command = [sys.executable, "-m", "benchmark.cli", "run", str(file), "--out", str(out)]
     environment = {**os.environ, "UNMERGEBENCH_CACHE": str(cache)}
@@ -194,6 +198,7 @@ def _toml(suite: Suite) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
