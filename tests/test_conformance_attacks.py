@@ -44,8 +44,8 @@ QUICK = {
     "mergetune": "mergetune(draws=2,steps=2)",
     "rinse": "rinse(steps=2)",
 }
-BUILT_IN = [*(QUICK.get(n, n) for n in ATTACKS.names()), *COMPOSITES]
 COMPOSITES = ("head-norm(reference=balanced)+norm-match+nominal-pin", "gauge-align+rinse(steps=1)")
+BUILT_IN = [*(QUICK.get(n, n) for n in ATTACKS.names()), *COMPOSITES]
 
 
 @pytest.mark.parametrize(
