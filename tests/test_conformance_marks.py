@@ -57,6 +57,7 @@ class Checks:
         return subprocess.CompletedProcess(command, int(failed), stdout, "noise\nthe last line\n")
 
 
+@pytest.mark.slow
 def test_a_foreign_defense_is_checked_in_a_process_of_its_own(mine: str) -> None:
     heard: list[str] = []
     found = marks([mine, mine, "none"], heard.append)

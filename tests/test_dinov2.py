@@ -224,6 +224,7 @@ def test_tasks_are_sound(real: DINOv2) -> None:
     assert digest({"head": real.task("mnist").head}) == digest({"head": tasks["mnist"].head})
 
 
+@pytest.mark.slow
 def test_an_expert_beats_the_base_and_leaves_embeddings_alone(real: DINOv2) -> None:
     base, task = real.base(), real.task("digits")
     small = replace(task, test=task.test[:150])

@@ -21,6 +21,8 @@ from benchmark.io import folders
 from benchmark.merging import mergekit_cli
 from benchmark.merging.mergekit_cli import Request
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("mergekit", reason="pip install 'unmergebench[mergekit]'")
 
 SPEC = "mergekit/dare-ties(density=0.5, via=command-line)"
@@ -66,7 +68,6 @@ def trapped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exception | N
         return dict(zip(TRAPS, pool.map(outcome, TRAPS), strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAPS)
 def test_an_architecture_it_cannot_merge_is_an_error(
     name: str, trapped: dict[str, Exception | None]
@@ -100,7 +101,6 @@ def drawn() -> list[State]:
         return [*found, mergekit_cli.merge_states(request, states, seed)]
 
 
-@pytest.mark.slow
 def test_the_seed_fixes_what_it_draws_across_processes(drawn: list[State]) -> None:
     adapter, again, other = drawn
     assert adapter.keys() == small(0).keys()
@@ -158,7 +158,6 @@ def test_merge_types_what_a_free_rider_types(
         assert float((a[key] - value).abs().max()) <= 1e-6 * float(value.abs().max()), key
 
 
-@pytest.mark.slow
 def test_open_clip_goes_through_its_file(tmp_path: Path) -> None:
     base, one, two = trio("open-clip", tmp_path)
     origin, states = folders.load(base), [folders.load(path).state for path in (one, two)]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import toy_clip
-from conftest import some_slow
 from fabricated import cell
 
 from benchmark import reporting
@@ -62,7 +61,8 @@ def small(name: str, folders: dict[str, Path]) -> Suite:
     )
 
 
-@pytest.mark.parametrize("name", some_slow([*PAPERS], {*PAPERS} - {"params-paper"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPERS)
 def test_a_paper_in_full_at_toy_size(
     name: str,
     folders: dict[str, Path],
