@@ -49,6 +49,7 @@ def judged(folder: Path, *specs: str, **changes: object) -> tuple[dict[str, Row]
     return rows, [cell for cell in cells if cell.defense != "none"]
 
 
+@pytest.mark.slow
 def test_what_spoils_or_patches_reaches_nobody(tmp_path: Path) -> None:
     """In-place noise on the base, a patched evaluator: in a process of its own, for nothing."""
     rows, cells = judged(tmp_path, f"{CHEATS}:Spoils", f"{CHEATS}:Patches")

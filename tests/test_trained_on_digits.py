@@ -96,7 +96,7 @@ def test_an_interrupted_search_repeats_no_finished_training(
     whole = digits.released(defense(QUICK), VICTIM, 1)
     monkeypatch.setattr(snapshots, "SAVE_EVERY", 0.0)
     own = bench(tmp_path)
-    own.expert(VICTIM)
+    own.expert(VICTIM).state()
     files = tmp_path / "training"
     assert not list(files.iterdir())  # the expert is stored, its file gone
     heard: list[str] = []
@@ -108,12 +108,13 @@ def test_an_interrupted_search_repeats_no_finished_training(
 
     own.notify = stop
     with pytest.raises(KeyboardInterrupt):
-        own.released(defense(QUICK), VICTIM, 1)
+        own.released(defense(QUICK), VICTIM, 1).state()
     assert len(list(files.iterdir())) == 2
     heard.clear()
     own = bench(tmp_path)
     own.notify = heard.append
     released = own.released(defense(QUICK), VICTIM, 1)
+    released.state()
     assert [line.split(": ")[1] for line in heard if "training" in line] == ["step 5/6", "step 6/6"]
     assert released.sha256 == whole.sha256
     assert released.facts["notes"] == whole.facts["notes"]
