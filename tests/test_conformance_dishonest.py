@@ -140,3 +140,14 @@ def test_whatever_a_method_patched_a_check_leaves_as_it_was() -> None:
     before = Evaluator.outcomes
     assert not check_defense(PatchesTheEvaluator()).passed
     assert Evaluator.outcomes is before
+
+
+@pytest.mark.parametrize("first", [torch.optim.AdamW, torch.optim.Adam])
+def test_wrappers_of_torchs_own_are_no_patch(first: type[torch.optim.Optimizer]) -> None:
+    """AdamW inherits `step`; each gets its wrapper when one of it is first made, in any order."""
+    from benchmark.conformance.namespaces import Namespaces
+
+    before = Namespaces()
+    for cls in (first, torch.optim.AdamW, torch.optim.Adam):
+        cls([torch.zeros(1, requires_grad=True)])
+    assert before.changed() == []

@@ -135,10 +135,20 @@ def _differing(
 
 
 def _hooked(new: Any, old: Any) -> bool:
-    """Whether ``new`` is ``old`` in a wrapper of torch's own, as the steps of optimizers get."""
-    if not isinstance(new, FunctionType) or getattr(new, "__wrapped__", None) is not old:
-        return False
-    return str(new.__globals__.get("__name__")).startswith("torch.")
+    """Whether ``new`` is ``old`` but for wrappers of torch's own, as the steps of optimizers get.
+
+    Either may have one: a class that inherits ``step`` gets its wrapper before or after its parent.
+    """
+    return new is not old and isinstance(new, FunctionType) and _bare(new) is _bare(old)
+
+
+def _bare(value: Any) -> Any:
+    """What torch's own wrappers are around."""
+    while isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
+        if not str(value.__globals__.get("__name__")).startswith("torch."):
+            break
+        value = value.__wrapped__
+    return value
 
 
 def _same(one: Any, other: Any) -> bool:
