@@ -39,7 +39,7 @@ def test_the_published_defenses_have_entries(suite: str) -> None:
     assert found >= set(PUBLISHED)
 
 
-@pytest.mark.parametrize("path", STANDING, ids=place)
+@pytest.mark.parametrize("path", STANDING, ids=[place(path) for path in STANDING])
 def test_an_entry_is_sound(path: Path) -> None:
     verdict = verify(folder.read(path), path=path)
     # That code was edited since is no fault of the entry: a re-run says whether it matters.
@@ -47,7 +47,7 @@ def test_an_entry_is_sound(path: Path) -> None:
     assert not [one for one in verdict.unchecked if "was made by other code" not in one]
 
 
-@pytest.mark.parametrize("path", OLDER, ids=place)
+@pytest.mark.parametrize("path", OLDER, ids=[place(path) for path in OLDER])
 def test_an_entry_of_older_rules_says_so(path: Path) -> None:
     with pytest.raises(folder.Older, match="it does not stand: run the defense again"):
         folder.read(path)

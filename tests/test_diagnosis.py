@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import zoo
+from conftest import some_slow
 from test_attacks import lock, recover, setting
 from test_posthoc_defenses import owner
 from zoo import generator, perturbed
@@ -47,7 +48,7 @@ def protected(spec: str, state: State, base: State, anatomy: Anatomy) -> State:
 
 
 @pytest.mark.parametrize("spec", LOCKS)
-@pytest.mark.parametrize("name", zoo.FAMILIES)
+@pytest.mark.parametrize("name", some_slow([*zoo.FAMILIES], {"distilbert", "dinov2", "clip", "t5"}))
 def test_every_lock_is_named(name: str, spec: str) -> None:
     base, _, _, anatomy = setting(name)
     # As far as an expert of ordinary training, or of an anchor-repulsive one.
