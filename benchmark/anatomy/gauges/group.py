@@ -1,0 +1,304 @@
+"""The whole gauge group of a model: one list of gauges, outer ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmark.anatomy.blocks import Axis, Channels, Slot
+from benchmark.anatomy.gauges.base import Abelian, Element, Gauge, beside
+from benchmark.anatomy.gauges.batchnorm import Statistics
+from benchmark.anatomy.gauges.blocks import HeadOrder, QueryKey, UnitOrder, ValueOutput
+from benchmark.anatomy.gauges.norms import NormShift, NullDirection
+from benchmark.anatomy.gauges.rows import wiring
+from benchmark.anatomy.gauges.scales import (
+    LayerScale,
+    NormGain,
+    NormScale,
+    QueryKeyGain,
+    QueryKeyLength,
+    SegmentScale,
+    UnitScale,
+)
+from benchmark.anatomy.gauges.shifts import Constant, EmbeddingShift, KeyBias, ValueShift
+from benchmark.anatomy.gauges.stream import StreamPermutation, StreamRotation, StreamSign
+from benchmark.anatomy.gauges.wiring import Segment, Stream, columns, matrix
+from benchmark.anatomy.whole import Anatomy
+from benchmark.core.errors import UsageError
+from benchmark.core.state import State
+
+#: The kinds, outer ones first: each is in standard form before the next is looked at.
+KINDS: tuple[type[Gauge], ...] = (
+    StreamRotation,
+    StreamPermutation,
+    StreamSign,
+    Statistics,
+    LayerScale,
+    NormShift,
+    NormGain,
+    QueryKeyGain,
+    NullDirection,
+    ValueShift,
+    KeyBias,
+    EmbeddingShift,
+    Constant,
+    UnitScale,
+    QueryKeyLength,
+    SegmentScale,
+    NormScale,
+    HeadOrder,
+    QueryKey,
+    ValueOutput,
+    UnitOrder,
+)
+
+#: Rounds of least distance after the closed form.
+_SWEEPS = 2
+
+
+@dataclass(frozen=True)
+class Group:
+    """Gauges of one model. ``missing``: which it might have that no row answers for, and why."""
+
+    gauges: tuple[Gauge, ...]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds it has, outer ones first."""
+        return tuple(dict.fromkeys(gauge.kind for gauge in self.gauges))
+
+    @property
+    def exact(self) -> Group:
+        """Without what is exact only as far as the ε of a norm is nothing beside the variance.
+
+        That hangs on data: CLIP's and Llama's ε of 1e-5 is a percent of the variance of embeddings
+        whose entries are of size 0.02.
+        """
+        return replace(self, gauges=tuple(g for g in self.gauges if not g.up_to_eps))
+
+    def subset(self, names: Collection[str]) -> Group:
+        """The gauges of these kinds (``norm-gain``) or names (``norm-gain@encoder.layer.0.norm1``).
+
+        Raises:
+            UsageError: no model has such a gauge.
+        """
+        known = {kind.kind for kind in KINDS} | {gauge.name for gauge in self.gauges}
+        for name in names:
+            if name not in known:
+                raise UsageError(
+                    f"unknown gauge {name!r}; there are {', '.join(k.kind for k in KINDS)}"
+                )
+        chosen = (g for g in self.gauges if g.kind in names or g.name in names)
+        return replace(self, gauges=tuple(chosen))
+
+    def draw(self, rng: torch.Generator) -> tuple[Element, ...]:
+        """One element of every gauge."""
+        return tuple(gauge.draw(rng) for gauge in self.gauges)
+
+    def apply(self, state: Mapping[str, Tensor], elements: Sequence[Element]) -> State:
+        """The State with every element applied; in float64, cast once at the end."""
+        out = _double(state)
+        for gauge, element in zip(self.gauges, elements, strict=True):
+            gauge.move(out, beside(element, out))
+        return _cast(out, state)
+
+    def undo(self, state: Mapping[str, Tensor], elements: Sequence[Element]) -> State:
+        """The inverse of :meth:`apply`."""
+        out = _double(state)
+        for gauge, element in reversed(list(zip(self.gauges, elements, strict=True))):
+            gauge.move(out, gauge.inverse(beside(element, out)))
+        return _cast(out, state)
+
+    def align(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> State:
+        """The point of the orbit of ``state`` that is nearest to ``anchor``.
+
+        First by closed forms that do not depend on where in its orbit ``state`` is: both are
+        brought into the standard form of every abelian gauge, there the others are matched, and the
+        anchor's own way into standard form is gone back. Then every gauge in turn takes the element
+        of least distance, from a start that is near.
+        """
+        own, goal = _double(state), _double(anchor)
+        trail: list[tuple[Abelian, Element]] = []
+        for gauge in self.gauges:
+            if isinstance(gauge, Abelian):
+                gauge.move(own, gauge.standard(own))
+                trail.append((gauge, gauge.standard(goal)))
+                gauge.move(goal, trail[-1][1])
+        for gauge in self._matched():
+            gauge.move(own, gauge.nearest(own, goal))
+        for gauge, element in reversed(trail):
+            gauge.move(own, gauge.inverse(element))
+        goal = _double(anchor)
+        for _ in range(_SWEEPS):
+            for gauge in self.gauges:
+                if isinstance(gauge, (StreamRotation, Abelian, QueryKey, ValueOutput)):
+                    gauge.move(own, gauge.closest(own, goal))
+        return _cast(own, state)
+
+    def _matched(self) -> Iterator[Gauge]:
+        """The gauges that are found by comparison, outer ones first.
+
+        A rotation holds the permutations and signs of its stream.
+        """
+        turned = [gauge.stream for gauge in self.gauges if isinstance(gauge, StreamRotation)]
+        for gauge in self.gauges:
+            if isinstance(gauge, (StreamPermutation, StreamSign)) and gauge.stream in turned:
+                continue
+            if not isinstance(gauge, Abelian):
+                yield gauge
+
+
+def of(model: nn.Module | Anatomy, state: Mapping[str, Tensor]) -> Group:
+    """The gauges of a model, as far as rows answer for it; of its own outputs, not of what a
+    wrapper reads inside it.
+
+    Raises:
+        UsageError: no row of :mod:`benchmark.anatomy.families` fits the model.
+    """
+    anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
+    found: list[Gauge] = list(_inside(anatomy, state))
+    wired = wiring(anatomy, state)
+    for stream in wired.streams:
+        found += _stream(stream)
+        for segment in stream.segments:
+            found += _segment(segment, state)
+    for block, both in wired.qk_gains:
+        where = block.q.weight.key.removesuffix(".weight")
+        found += [QueryKeyGain(where, block, both), QueryKeyLength(where, block)]
+    found += [Statistics(norm.name, norm, len(norm.mean.read(state))) for norm in wired.batch_norms]
+    order = {kind: i for i, kind in enumerate(KINDS)}
+    return Group(tuple(sorted(found, key=lambda g: order[type(g)])), wired.uncovered)
+
+
+def _inside(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
+    """The gauges of the blocks."""
+    for block in anatomy.attention:
+        where = block.o.weight.key.removesuffix(".weight")
+        if not block.fixed_heads:
+            yield HeadOrder(where, block)
+        yield QueryKey(where, block)
+        yield ValueOutput(where, block)
+        if block.k.bias is not None and block.free_key_bias:
+            yield KeyBias(where, block)
+        if block.v.bias is not None and block.o.bias is not None:
+            yield ValueShift(where, block)
+    if anatomy.channels:
+        widths = tuple(units.width(state) for units in anatomy.units)
+        yield UnitOrder("channels", anatomy.units, widths)
+    else:
+        for mlp in anatomy.mlp:
+            where = mlp.up.weight.key.removesuffix(".weight")
+            yield UnitOrder(where, (mlp,), (mlp.width(state),))
+    for units in anatomy.units:
+        if units.unit_scale is not None:
+            where = units.axes[0].slot.key.removesuffix(".weight")
+            yield UnitScale(where, units, units.width(state))
+
+
+def _stream(stream: Stream) -> Iterator[Gauge]:
+    """The gauges of the axis."""
+    if not stream.closed:
+        return
+    yield StreamPermutation(stream.name, stream)
+    yield StreamSign(stream.name, stream)
+    # A gain on the path, or one that a tied output reads, stands between the stream and R.
+    if not any(
+        s.tied or (s.sources and (s.embeddings or s.writers or s.norms)) for s in stream.segments
+    ):
+        yield StreamRotation(stream.name, stream)
+
+
+def _segment(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
+    """The gauges of a stretch of the stream."""
+    if segment.open:
+        return
+    for rule in (_gains, _shifts, _nulls, _constants, _scale):
+        yield from rule(segment, state)
+    for first, second in segment.together:
+        if not any(part.axis in segment.tied for part in (*first, *second)):
+            yield EmbeddingShift(first[0].axis.slot.key, first, second, segment.width)
+
+
+def _gains(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
+    for writer in segment.writers:
+        if writer.scale is not None:
+            axes = [Axis(writer.scale, 0, 1)]
+            axes += [Axis(slot, 0, -1) for slot in writer.linear.slots()]
+            units = Channels(writer.scale.key, tuple(axes))
+            yield LayerScale(writer.scale.key, units, segment.width, writer.scale)
+    pure = not (segment.embeddings or segment.writers or segment.norms or segment.tied)
+    if pure and segment.readers and len(segment.sources) == 1:
+        (norm,) = segment.sources
+        axes = [Axis(slot, 0, 1) for slot in norm.slots()]
+        axes += [Axis(reader.weight, 1, -1) for reader in segment.readers]
+        yield NormGain(norm.name, Channels(norm.name, tuple(axes)), segment.width, norm.gain)
+
+
+def _shifts(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
+    if len(segment.sources) != 1 or segment.embeddings or segment.tied or not segment.readers:
+        return
+    (norm,), biases = segment.sources, [reader.bias for reader in segment.readers]
+    if norm.bias is None or None in biases:
+        return
+    if not segment.norms and not segment.writers:
+        yield NormShift(norm.name, norm, segment.readers, segment.width)
+    elif len(segment.norms) == len(segment.writers) == 1:
+        after = segment.writers[0].linear.bias
+        if after is not None:
+            yield NormShift(norm.name, norm, segment.readers, segment.width, after)
+
+
+def _nulls(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
+    if len(segment.sources) != 1 or segment.embeddings or not segment.sources[0].centred:
+        return
+    (norm,) = segment.sources
+    for reader in segment.readers:
+        if norm.bias is None or reader.bias is not None:
+            _, outputs, taps = columns(reader, state).shape
+            yield NullDirection(reader.weight.key, norm, reader, (outputs, taps))
+
+
+def _constants(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
+    if not segment.norms or not all(norm.centred for norm in segment.norms):
+        return
+    found: list[tuple[Axis, Slot | None]] = [
+        (Axis(slot, 0), w.scale) for w in segment.writers for slot in w.linear.slots()
+    ]
+    if not segment.readers:
+        found += [(axis, None) for axis in segment.embeddings if axis not in segment.tied]
+        found += [(Axis(n.bias, 0), None) for n in segment.sources if n.bias is not None]
+    if segment.depthwise is not None and segment.depthwise.bias is not None:
+        found.append((Axis(segment.depthwise.bias, 0), None))
+    for axis, scale in found:
+        yield Constant(axis.slot.key, axis, matrix(axis, state).shape[1], scale)
+
+
+def _scale(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
+    if not segment.norms:
+        return
+    gains = tuple(Axis(slot, 0) for norm in segment.sources for slot in norm.slots())
+    writers = tuple(Axis(slot, 0) for w in segment.writers for slot in w.linear.slots())
+    alone: tuple[Axis, ...] = ()
+    if segment.depthwise is not None:
+        alone = tuple(Axis(slot, 0) for slot in segment.depthwise.slots())
+    down = tuple(Axis(reader.weight, 1) for reader in segment.readers)
+    if segment.tied:
+        down += tuple(Axis(slot, 0) for norm in segment.after_tied for slot in norm.slots())
+    made = segment.embeddings or gains[:1] or alone or writers[:1]
+    attention = segment.writers[0].attention if made == writers[:1] and segment.writers else None
+    kind = NormScale if made == gains[:1] else SegmentScale
+    up = (*segment.embeddings, *gains, *alone, *writers)
+    yield kind(segment.name, up, down, made, attention)
+
+
+def _double(state: Mapping[str, Tensor]) -> State:
+    return {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def _cast(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """In the dtypes of ``like``."""
+    return {key: value.to(like[key].dtype) for key, value in state.items()}

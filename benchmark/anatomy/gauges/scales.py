@@ -1,0 +1,197 @@
+"""Gauges that multiply: per dimension or unit, per segment of the stream, per head of a QK-norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from benchmark.anatomy.alignment import head_sides, unit_scales
+from benchmark.anatomy.blocks import AttentionBlock, Axis, Channels, MLPBlock, Slot
+from benchmark.anatomy.gauge import scale_units
+from benchmark.anatomy.gauges.base import (
+    Element,
+    Overlap,
+    Scale,
+    best_factor,
+    log_uniform,
+    reciprocal,
+)
+from benchmark.anatomy.gauges.wiring import matrix, vector
+from benchmark.core.state import State
+
+_SIDES: tuple[Literal["q", "k"], ...] = ("q", "k")
+
+
+@dataclass(frozen=True)
+class PerUnit(Scale):
+    """One factor c per unit: axes of power 1 × c, of power −1 / c.
+
+    In standard form ``pinned`` (a gain) is 1, or without it what is multiplied has length 1.
+    """
+
+    units: MLPBlock | Channels
+    size: int
+    pinned: Slot | None = None
+
+    def draw(self, rng: torch.Generator) -> Element:
+        return (log_uniform((self.size,), rng, 0.25, 4.0),)
+
+    def move(self, state: State, element: Element) -> None:
+        scale_units(state, self.units, element[0].to(state[self.units.axes[0].slot.key].device))
+
+    def standard(self, state: Mapping[str, Tensor]) -> Element:
+        if self.pinned is not None:
+            return (reciprocal(vector(self.pinned, state)),)
+        made = [matrix(axis, state) for axis in self.units.axes if axis.power == 1]
+        return (reciprocal(torch.cat(made, 1).norm(dim=1)),)
+
+    def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
+        return (unit_scales(self.units, state, anchor),)
+
+
+class NormGain(PerUnit):
+    """γ → γ ⊙ s, β → β ⊙ s, readers' columns / s."""
+
+    kind: ClassVar[str] = "norm-gain"
+
+
+class LayerScale(PerUnit):
+    """λ → λ ⊙ s, rows and bias of the writer / s."""
+
+    kind: ClassVar[str] = "layer-scale"
+
+
+class UnitScale(PerUnit):
+    """Hidden units × c, what reads them / c: gated MLPs, ReLU."""
+
+    kind: ClassVar[str] = "unit-scale"
+
+
+@dataclass(frozen=True)
+class SegmentScale(Scale):
+    """A segment × c: what comes into it × c, what reads it linearly / c; norms ignore it.
+
+    In standard form the length of ``measured`` is 1 (of the product Wo·Wv of ``attention``, whose
+    own gauge would change that of Wo alone).
+    """
+
+    up: tuple[Axis, ...]
+    down: tuple[Axis, ...]
+    measured: tuple[Axis, ...]
+    attention: AttentionBlock | None = None
+
+    kind: ClassVar[str] = "stream-scale"
+    up_to_eps: ClassVar[bool] = True
+
+    def draw(self, rng: torch.Generator) -> Element:
+        # A norm's ε weighs 1/c² as much as before, so factors below 1 are not drawn.
+        return (log_uniform((), rng, 1.0, 10.0),)
+
+    def move(self, state: State, element: Element) -> None:
+        (c,) = element
+        for axes, factor in ((self.up, c), (self.down, 1 / c)):
+            for axis in axes:
+                axis.slot.write(state, axis.slot.read(state).double() * factor)
+
+    def standard(self, state: Mapping[str, Tensor]) -> Element:
+        if self.attention is not None:
+            x, y = head_sides(self.attention, state, "vo")
+            return (reciprocal(((x @ x.mT) * (y @ y.mT)).sum().sqrt()),)
+        squares = [vector(axis.slot, state).square().sum() for axis in self.measured]
+        return (reciprocal(torch.stack(squares).sum().sqrt()),)
+
+    def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
+        up, down = (
+            Overlap.of((vector(a.slot, state), vector(a.slot, anchor)) for a in axes)
+            for axes in (self.up, self.down)
+        )
+        return (torch.tensor(best_factor(up, down if self.down else None), dtype=torch.float64),)
+
+
+class NormScale(SegmentScale):
+    """The same for a segment that a norm gives: its gain and bias, and the writer behind it."""
+
+    kind: ClassVar[str] = "norm-scale"
+
+
+@dataclass(frozen=True)
+class QueryKeyGain(Scale):
+    """Gains of QK-norm: γ_q ⊙ s, γ_k / s, equal within a rotary pair."""
+
+    block: AttentionBlock
+    gains: tuple[Slot, Slot]
+
+    kind: ClassVar[str] = "qk-gain"
+
+    def draw(self, rng: torch.Generator) -> Element:
+        return (log_uniform((self.block.head_dim // self._pair,), rng, 0.25, 4.0),)
+
+    def move(self, state: State, element: Element) -> None:
+        s = element[0].to(state[self.gains[0].key].device).repeat(self._pair)
+        for slot, factor in zip(self.gains, (s, 1 / s), strict=True):
+            slot.write(state, vector(slot, state) * factor)
+
+    def standard(self, state: Mapping[str, Tensor]) -> Element:
+        return (reciprocal(self._pairs(self.gains[0], state).norm(dim=0)),)
+
+    def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
+        q, k = (
+            [Overlap.of([pair]) for pair in zip(own.T, goal.T, strict=True)]
+            for own, goal in ([self._pairs(g, s) for s in (state, anchor)] for g in self.gains)
+        )
+        found = [best_factor(*both) for both in zip(q, k, strict=True)]
+        return (torch.tensor(found, dtype=torch.float64, device=state[self.gains[0].key].device),)
+
+    @property
+    def _pair(self) -> int:
+        return 2 if self.block.rotary else 1
+
+    def _pairs(self, slot: Slot, state: Mapping[str, Tensor]) -> Tensor:
+        return vector(slot, state).reshape(self._pair, -1)
+
+
+@dataclass(frozen=True)
+class QueryKeyLength(Scale):
+    """Rows of Q and of K per head × c under a QK-norm, which ignores it."""
+
+    block: AttentionBlock
+
+    kind: ClassVar[str] = "qk-length"
+    up_to_eps: ClassVar[bool] = True
+
+    def draw(self, rng: torch.Generator) -> Element:
+        return tuple(
+            log_uniform((heads,), rng, 1.0, 10.0)
+            for heads in (self.block.heads, self.block.kv_heads)
+        )
+
+    def move(self, state: State, element: Element) -> None:
+        for name, factor in zip(_SIDES, element, strict=True):
+            value = self._heads(state, name)
+            scaled = value * factor.to(value.device)[:, None, None]
+            self.block.write(
+                state, name, scaled.flatten(0, 1).unflatten(0, (self.block.kv_heads, -1))
+            )
+
+    def standard(self, state: Mapping[str, Tensor]) -> Element:
+        return tuple(
+            reciprocal(torch.linalg.vector_norm(self._heads(state, name), dim=(1, 2)))
+            for name in _SIDES
+        )
+
+    def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
+        factors = []
+        for name in _SIDES:
+            own, goal = (self._heads(source, name) for source in (state, anchor))
+            found = [best_factor(Overlap.of([pair])) for pair in zip(own, goal, strict=True)]
+            factors.append(own.new_tensor(found))
+        return tuple(factors)
+
+    def _heads(self, state: Mapping[str, Tensor], name: Literal["q", "k"]) -> Tensor:
+        """(heads, head_dim, d + 1)."""
+        value = self.block.read(state, name)
+        return value.reshape(-1, self.block.head_dim, value.shape[-1])

@@ -1,0 +1,146 @@
+"""Gauges that add a constant: along 1, between embeddings, to values and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmark.anatomy.blocks import AttentionBlock, Axis, Slot
+from benchmark.anatomy.gauges.base import Element, Shift, normal, reciprocal
+from benchmark.anatomy.gauges.wiring import (
+    Part,
+    add_to,
+    matrix,
+    unit,
+    vector,
+    write_matrix,
+)
+from benchmark.core.state import State
+
+
+@dataclass(frozen=True)
+class Constant(Shift):
+    """X → X + 1·aᵀ for one tensor of a segment that only LayerNorms read: they remove the mean.
+
+    ``scale``: a layer scale λ between the tensor and the stream, where 1 becomes 1/λ.
+    """
+
+    axis: Axis
+    columns: int
+    scale: Slot | None = None
+
+    kind: ClassVar[str] = "constant"
+
+    def draw(self, rng: torch.Generator) -> Element:
+        return (normal((self.columns,), rng, 1.0),)
+
+    def move(self, state: State, element: Element) -> None:
+        value = matrix(self.axis, state)
+        write_matrix(self.axis, state, value + self._direction(state)[:, None] * element[0])
+
+    def standard(self, state: Mapping[str, Tensor]) -> Element:
+        return (-self._direction(state) @ matrix(self.axis, state),)
+
+    def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
+        change = matrix(self.axis, anchor) - matrix(self.axis, state)
+        return (self._direction(state) @ change,)
+
+    def _direction(self, state: Mapping[str, Tensor]) -> Tensor:
+        if self.scale is not None:
+            return unit(reciprocal(vector(self.scale, state)))
+        ones = matrix(self.axis, state)
+        return unit(torch.ones(len(ones), dtype=ones.dtype, device=ones.device))
+
+
+@dataclass(frozen=True)
+class EmbeddingShift(Shift):
+    """Embeddings of which one of each side is always added: + v on one side, − v on the other."""
+
+    first: tuple[Part, ...]
+    second: tuple[Part, ...]
+    width: int
+
+    kind: ClassVar[str] = "embedding-shift"
+
+    def draw(self, rng: torch.Generator) -> Element:
+        return (normal((self.width,), rng, 0.3),)
+
+    def move(self, state: State, element: Element) -> None:
+        for sign, parts in ((1, self.first), (-1, self.second)):
+            for part in parts:
+                part.add(state, sign * element[0])
+
+    def standard(self, state: Mapping[str, Tensor]) -> Element:
+        return (-torch.cat([part.read(state) for part in self.first], 1).mean(1),)
+
+    def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for sign, parts in ((1, self.first), (-1, self.second)):
+            for part in parts:
+                change = part.read(anchor) - part.read(state)
+                total = total.to(change.device) + sign * change.sum(1)
+                count += change.shape[1]
+        return (total / count,)
+
+
+@dataclass(frozen=True)
+class ValueShift(Shift):
+    """b_v → b_v + δ, b_o → b_o − Wo·δ: the weights of attention sum to 1."""
+
+    block: AttentionBlock
+
+    kind: ClassVar[str] = "value-shift"
+
+    def draw(self, rng: torch.Generator) -> Element:
+        return (normal((self.block.kv_heads * self.block.head_dim,), rng, 0.5),)
+
+    def move(self, state: State, element: Element) -> None:
+        add_to(self.block.v.bias, state, element[0])
+        add_to(self.block.o.bias, state, -self._output(state) @ element[0])
+
+    def standard(self, state: Mapping[str, Tensor]) -> Element:
+        assert self.block.v.bias is not None
+        return (-vector(self.block.v.bias, state),)
+
+    def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
+        """Least squares over both biases."""
+        assert self.block.v.bias is not None
+        assert self.block.o.bias is not None
+        output = self._output(state)
+        values, outputs = (
+            vector(slot, state) - vector(slot, anchor)
+            for slot in (self.block.v.bias, self.block.o.bias)
+        )
+        left = torch.eye(len(values), dtype=values.dtype, device=values.device)
+        return (torch.linalg.solve(left + output.T @ output, output.T @ outputs - values),)
+
+    def _output(self, state: Mapping[str, Tensor]) -> Tensor:
+        """What a value adds to the stream, over all queries of a group: (d, kv_heads·head_dim)."""
+        return self.block.read_o(state).sum(1).permute(1, 0, 2).flatten(1)
+
+
+@dataclass(frozen=True)
+class KeyBias(Shift):
+    """b_k → b_k + δ: one number more on all logits of a query, which softmax ignores."""
+
+    block: AttentionBlock
+
+    kind: ClassVar[str] = "key-bias"
+
+    def draw(self, rng: torch.Generator) -> Element:
+        return (normal((self.block.kv_heads * self.block.head_dim,), rng, 0.5),)
+
+    def move(self, state: State, element: Element) -> None:
+        add_to(self.block.k.bias, state, element[0])
+
+    def standard(self, state: Mapping[str, Tensor]) -> Element:
+        assert self.block.k.bias is not None
+        return (-vector(self.block.k.bias, state),)
+
+    def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
+        assert self.block.k.bias is not None
+        return (vector(self.block.k.bias, anchor) - vector(self.block.k.bias, state),)
