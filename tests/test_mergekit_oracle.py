@@ -79,6 +79,7 @@ def worst(a: State, b: State, skip: dict[str, torch.Tensor]) -> float:
     return max(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("theirs", "ours", "coefficients", "cuts"), SAME)
 def test_ours_equals_mergekit(
     theirs: str,

@@ -50,6 +50,7 @@ def test_the_readme_has_commands() -> None:
     assert len(commands()) >= 10
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_works(workplace: Path, cli: Cli) -> None:
     for line in commands():
         arguments = shlex.split(line)[1:]
