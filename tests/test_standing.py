@@ -223,6 +223,9 @@ def test_weights_need_not_face_what_reads_modules() -> None:
     assert {name: one.place for name, one in found.items()} == {"params": "1", "foreign": "1"}
     assert "changes-modules" in found["foreign"].flags
     assert found["params"].flags == []
+    judged = [c.model_copy(update={"attack": "auto(tier=unlabeled)"}) for c in modules()[-1:]]
+    found = {r.defense: r for r in rank([*weights, *modules(), *judged], cards).rows}
+    assert found["params"].standing == "ranked", found["params"].reason
     # But what modules answered of the rest, weights must answer too.
     assert row([*weights[:1], *modules()]).reason == "1 of 2 cells are missing"
 

@@ -7,6 +7,7 @@ import torch
 
 from benchmark.api import methods
 from benchmark.core.errors import UsageError
+from benchmark.core.records import OF_MODULES
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline.suite import builtin, load
 
@@ -31,7 +32,7 @@ def written(folder: Path, text: str) -> str:
 def test_other_modules_are_judged_by_what_reads_them_and_by_inputs() -> None:
     """Where a suite has a standard attacker; one that only measures asks no more of anybody."""
     judging, measuring = load("smoke"), load("defenses")
-    for suite, more in ((judging, set(planning.OF_MODULES)), (measuring, set())):
+    for suite, more in ((judging, set(OF_MODULES)), (measuring, set())):
         asked, plain = (
             {part.spec for part in planning.attacks(suite, changes_modules=one)}
             for one in (True, False)

@@ -8,6 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 2
 
+#: Attacks that a defense which changes modules must stand to be ranked: its shipped tensors and its
+#: forward are public.
+OF_MODULES = ("read-shipped", "auto(tier=unlabeled)")
+
 Status = Literal["ok", "no-benefit", "error", "skipped"]
 
 

@@ -13,13 +13,10 @@ from benchmark.api.contracts import Attack, Ensemble, Testbed
 from benchmark.api.methods import Named
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UsageError
+from benchmark.core.records import OF_MODULES
 from benchmark.pipeline import apart, identity
 from benchmark.pipeline.situation import Situation
 from benchmark.pipeline.suite import Suite
-
-#: What a defense that changes modules must stand to be ranked: its shipped tensors and its forward
-#: are public.
-OF_MODULES = ("read-shipped", "auto(tier=unlabeled)")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from benchmark.core.records import Cell
+from benchmark.core.records import OF_MODULES, Cell
 from benchmark.evaluation import thresholds, utility
 from benchmark.evaluation.flags import is_two_faced
 from benchmark.evaluation.scoring import Gains
@@ -50,14 +50,15 @@ def asked(
         benefit.setdefault(place(cell), 0.0)
         if gains is not None:
             benefit[place(cell)] = gains.benefit
-    answered = {place(cell) for of in methods.values() for cell in of}
-    everybody = {where for where in answered if not _reads_shipped(where[4])}
-    of_modules = {
-        place(cell) for of in methods.values() if track_of(of) == "modules" for cell in of
-    }
+    answered: dict[Track, set[Place]] = {"weights": set(), "modules": set()}
+    for of in methods.values():
+        answered[track_of(of)] |= {place(cell) for cell in of}
+    weights, modules = answered["weights"], answered["modules"]
+    # Of weights is asked whatever anybody answered, but for what only other modules must stand.
+    everybody = weights | {where for where in modules if where[4] not in OF_MODULES}
     return {
         "weights": {where: benefit[where] for where in everybody},
-        "modules": {where: benefit[where] for where in everybody | of_modules},
+        "modules": {where: benefit[where] for where in everybody | modules},
     }
 
 
