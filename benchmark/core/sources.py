@@ -40,6 +40,26 @@ def closure(start: Path | str) -> dict[str, bytes]:
     Raises:
         UsageError: there is no such file or module, or it has no file (a built-in one).
     """
+    return dict(_current(start).sources)
+
+
+def fingerprint(start: Path | str) -> str:
+    """sha256 over the names and bytes of :func:`closure`. Raises as it does."""
+    return _current(start).sha256
+
+
+class _Closure(NamedTuple):
+    sources: dict[str, bytes]
+    stamps: dict[str, tuple[int, int]]
+    sha256: str
+
+
+#: Closures by where they start, each good as long as none of its files changes.
+_known: dict[Path | str, _Closure] = {}
+
+
+def _current(start: Path | str) -> _Closure:
+    """The closure as its files are now; walked and hashed again only if one of them changed."""
     if isinstance(start, Path):
         if not start.is_file():
             raise UsageError(f"no such file: {start}")
@@ -47,25 +67,12 @@ def closure(start: Path | str) -> dict[str, bytes]:
     known = _known.get(start)
     if known is None or any(_stamp(path) != stamp for path, stamp in known.stamps.items()):
         walk = _Walk(start)
-        known = _known[start] = _Closure(walk.sources, {p: _stamp(p) for p in walk.paths})
-    return dict(known.sources)
-
-
-def fingerprint(start: Path | str) -> str:
-    """sha256 over the names and bytes of :func:`closure`. Raises as it does."""
-    total = hashlib.sha256()
-    for name, content in sorted(closure(start).items()):
-        total.update(f"{name}\0{len(content)}\0".encode() + content)
-    return total.hexdigest()
-
-
-class _Closure(NamedTuple):
-    sources: dict[str, bytes]
-    stamps: dict[str, tuple[int, int]]
-
-
-#: Closures by where they start, each good as long as none of its files changes.
-_known: dict[Path | str, _Closure] = {}
+        total = hashlib.sha256()
+        for name, content in sorted(walk.sources.items()):
+            total.update(f"{name}\0{len(content)}\0".encode() + content)
+        stamps = {path: _stamp(path) for path in walk.paths}
+        known = _known[start] = _Closure(walk.sources, stamps, total.hexdigest())
+    return known
 
 
 class _Import(NamedTuple):

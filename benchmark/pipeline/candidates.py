@@ -85,7 +85,8 @@ def merges(
     draws = ["merge", identity.draws(merger.method), group.victim, group.partners, at.seed]
     draws = [*draws, len(parts)] if merger.method.stochastic or knows else []
     means = [*draws, bench.key] if knows else draws
-    ready = identity.prepared(merger.method, base.sha256, [p.sha256 for p in parts], means)
+    own = identity.method(merger.method, search=False)
+    ready = identity.prepared(own, base.sha256, [p.sha256 for p in parts], means)
     # The victim comes first, and may be the one left out.
     tasks = at.tasks[-len(parts) :]
 
@@ -124,7 +125,7 @@ def merges(
             if coefficient != 0
         ]
         asked = {"parameters": setting.parameters, "layers": setting.layers}
-        return identity.merge(merger.method, base.sha256, used, asked, means)
+        return identity.merge(own, base.sha256, used, asked, means)
 
     return [
         Candidate(kind, content(s), lambda s=s: build(s), s, kind)  # type: ignore[misc]

@@ -123,20 +123,21 @@ def recovered(released: str, attack: Named[Any], group: Group, seed: int) -> str
     return sha("recovered", released, group.model_dump(), attack.spec, method(attack.method), seed)
 
 
-def prepared(merger: Any, base: str, members: Sequence[str], means: Sequence[Any]) -> str:
-    """``base``, ``members``: identities; ``means``: draws and data of a merger that has any."""
-    return sha("prepared", method(merger, search=False), base, members, means)
+def prepared(merger: list[Any], base: str, members: Sequence[str], means: Sequence[Any]) -> str:
+    """``merger``: its key without what is only searched, here and below; ``base``, ``members``:
+    identities; ``means``: draws and data of a merger that has any."""
+    return sha("prepared", merger, base, members, means)
 
 
 def merge(
-    merger: Any,
+    merger: list[Any],
     base: str,
     used: Sequence[Any],
     setting: Mapping[str, Any],
     means: Sequence[Any],
 ) -> str:
     """``used``: members at a coefficient other than 0; ``setting``: parameters and layers."""
-    return sha("merged", method(merger, search=False), base, used, setting, means)
+    return sha("merged", merger, base, used, setting, means)
 
 
 def refined(bench: str, merged: str, attack: Named[Any], group: Group, seed: int) -> str:
