@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.alignment import align
+from benchmark.anatomy.gauges import align
 from benchmark.api.contracts import Access, Attack, Card, Knowledge
 from benchmark.core.state import State
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import MLPBlock, Slot, taps
-from benchmark.anatomy.alignment import align
+from benchmark.anatomy.gauges import align
 from benchmark.api.contracts import Access, Attack, Card, Knowledge
 from benchmark.core.state import State
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from zoo import TOLERANCE, generator, perturbed
 
 from benchmark.anatomy import Anatomy, Channels, MLPBlock, permute_units
-from benchmark.anatomy.alignment import align, match_all
+from benchmark.anatomy.alignment import match_all
 from benchmark.anatomy.diagnosis import diagnose
 from benchmark.anatomy.gauge import scale_units
+from benchmark.anatomy.gauges import align
 from benchmark.api.contracts import Access, Setting
 from benchmark.api.methods import attack, defense, merger
 from benchmark.conformance.scenes import scene

@@ -19,7 +19,7 @@ from attacks.layer_refit import LayerRefit
 from attacks.mergetune import MergeTune
 from attacks.rinse import Rinse
 from benchmark.anatomy import apply_vo, permute_heads, permute_units, taps
-from benchmark.anatomy.alignment import align
+from benchmark.anatomy.gauges import align
 from benchmark.api.contracts import Access, Attack, Knowledge
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import AccessError

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from zoo import TOLERANCE, generator
 
 from benchmark.anatomy import Anatomy, gauges
-from benchmark.anatomy.alignment import align
-from benchmark.anatomy.gauges import KINDS, Group
+from benchmark.anatomy.gauges import BLOCKS, KINDS, Group, align
 from benchmark.api.contracts import Defense, Victim
 from benchmark.core.errors import UsageError
 from benchmark.core.state import State, digest
@@ -60,22 +59,6 @@ def subject(name: str) -> Subject:
         if key.endswith(("running_mean", "running_var")):
             expert[key] = base[key]
     return Subject(model, inputs, base, expert, anatomy, gauges.of(anatomy, base))
-
-
-def answers(model: nn.Module, state: Mapping[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
-    """What the heads give, where there are heads: hidden states beside them are no answer."""
-    with torch.no_grad():
-        found = torch.func.functional_call(model, dict(state), kwargs=inputs, tie_weights=False)
-    if isinstance(found, Mapping):
-        heads = [found[key] for key in ("logits", "image_embeds", "text_embeds") if key in found]
-        if heads:
-            return torch.cat([value.reshape(zoo.BATCH, -1) for value in heads], 1)
-    return zoo.outputs(model, state, inputs)
-
-
-def drift(model: nn.Module, a: State, b: State, inputs: dict[str, Tensor]) -> float:
-    before, after = (answers(model, state, inputs) for state in (a, b))
-    return float((after - before).abs().max() / before.abs().max())
 
 
 def double(state: Mapping[str, Tensor]) -> State:
@@ -190,10 +173,10 @@ def test_an_element_keeps_the_function(name: str, seed: int) -> None:
         moved = group.apply(case.base, elements)
         exact = group.gauges == group.exact.gauges
         model = case.model if exact else ideal(name, torch.float32)
-        assert drift(model, case.base, moved, case.inputs) <= TOLERANCE, what
+        assert zoo.drift(model, case.base, moved, case.inputs) <= TOLERANCE, what
         start, inputs = double(case.base), double(case.inputs)
         moved = group.apply(start, elements)
-        assert drift(ideal(name, torch.float64), start, moved, inputs) <= EXACT, what
+        assert zoo.drift(ideal(name, torch.float64), start, moved, inputs) <= EXACT, what
         back = group.undo(moved, elements)
         assert distance(back, start) <= EXACT * (1 + distance(moved, start)), what
     assert digest(case.base) == before, "the input is untouched"
@@ -217,7 +200,7 @@ def test_the_property_sees_a_wrong_transform() -> None:
         moved = group.apply(case.base, group.draw(generator(2)))
         touched = [key for key, value in moved.items() if not torch.equal(value, case.base[key])]
         half = {**case.base, **{key: moved[key] for key in touched[::2]}}
-        worst = drift(case.model, case.base, half, case.inputs)
+        worst = zoo.drift(case.model, case.base, half, case.inputs)
         assert kind == "constant" or worst > 10 * TOLERANCE, kind
 
 
@@ -232,7 +215,7 @@ def test_aligning_forgets_the_element(name: str, seed: int) -> None:
     case, rng = subject(name), generator(seed)
     tau = distance(case.expert, case.base)
     wanted = case.group.align(case.expert, case.base)
-    assert drift(case.model, case.expert, wanted, case.inputs) <= TOLERANCE
+    assert zoo.drift(case.model, case.expert, wanted, case.inputs) <= TOLERANCE
     released = case.expert
     for _ in range(2):
         released = case.group.apply(released, case.group.draw(rng))
@@ -268,18 +251,34 @@ def test_aligning_an_expert_brings_it_no_farther_from_the_base(name: str) -> Non
     """Nor than aligning inside the blocks alone does; what it moves, it moves towards the base."""
     case = subject(name)
     tau, found = distance(case.expert, case.base), case.group.align(case.expert, case.base)
-    blocks = align(case.expert, case.base, case.anatomy)
+    blocks = case.group.subset(BLOCKS).align(case.expert, case.base)
     assert distance(found, case.base) <= min(tau, distance(blocks, case.base)) * 1.0001
     assert distance(case.group.align(case.base, case.base), case.base) <= EQUAL * tau
 
 
-def test_gauge_align_leaves_what_is_outside_the_blocks() -> None:
-    """What the wider group is for: today's alignment is as far off as before."""
+def test_blocks_alone_leave_what_is_outside_of_them() -> None:
     case = subject("vit")
     tau = distance(case.expert, case.base)
     released = case.group.apply(case.expert, case.group.draw(generator(4)))
-    assert distance(align(released, case.base, case.anatomy), case.expert) > 10 * tau
+    blocks = case.group.subset(BLOCKS).align(released, case.base)
+    assert distance(blocks, case.expert) > 10 * tau
     assert distance(case.group.align(released, case.base), case.expert) < tau
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_more_gauges_than_it_takes(name: str) -> None:
+    """What an attacker takes: nothing of an expert, blocks where those were locked, else all."""
+    case = subject(name)
+    inside, near = case.group.subset(BLOCKS), case.group.align(case.expert, case.base)
+    if distance(near, case.base) > 0.96 * distance(case.expert, case.base):
+        kept = align(case.expert, case.base, case.anatomy)
+        assert digest(kept) == digest(case.expert)
+    tau = distance(case.expert, case.base)
+    for group in (inside, case.group):
+        released = group.apply(case.expert, group.draw(generator(5)))
+        found = align(released, case.base, case.anatomy)
+        wanted = [g.align(case.expert, case.base) for g in (inside, case.group)]
+        assert min(distance(found, state) for state in wanted) <= EQUAL * tau
 
 
 def test_kinds_have_names_of_their_own() -> None:

@@ -23,7 +23,9 @@ from attacks.layer_subset import LayerSubset
 from attacks.low_rank import LowRank
 from attacks.norm_match import NormMatch
 from attacks.product_space import ProductSpace
-from benchmark.anatomy.alignment import align, head_sides
+from benchmark.anatomy import gauges
+from benchmark.anatomy.alignment import head_sides
+from benchmark.anatomy.gauges import align
 from benchmark.api.contracts import Access, Attack, Knowledge, Setting
 from benchmark.api.methods import defense
 from benchmark.core.errors import MethodError, UsageError
@@ -54,7 +56,7 @@ def test_canonical_form_is_the_same_whatever_the_lock(name: str) -> None:
     model, inputs = zoo.tiny(name)
     base, expert, partner, anatomy = setting(name)
     plain = Canonical().members(expert, knowledge(name), generator(0))
-    bound = 3 * TOLERANCE if name == "t5" else TOLERANCE
+    bound = 5 * TOLERANCE if name == "t5" else TOLERANCE
     for kind in ("general", "scaling"):
         released = lock(expert, anatomy, kind, heads=True)
         members = Canonical().members(released, knowledge(name), generator(0))
@@ -258,13 +260,13 @@ def test_comparing_two_releases_locates_what_is_no_gauge() -> None:
 
     own = knowledge("bert", second=lambda: release(2))
     found = Collusion(mode="locate").recover(release(1), own, generator(0))
-    best = align(expert, base, anatomy)
+    best = gauges.of(anatomy, base).subset(gauges.BLOCKS).align(expert, base)
     for key, value in found.items():
         if key in noisy:
             assert torch.equal(value, base[key])
         elif value.is_floating_point():
             moved = norm({key: best[key] - base[key]})
-            assert norm({key: value - best[key]}) <= 0.05 * moved
+            assert norm({key: value - best[key]}) <= 0.05 * moved + 1e-6
 
 
 def wider(value: torch.Tensor) -> torch.Tensor:

@@ -344,12 +344,19 @@ def untied(model: nn.Module) -> State:
 
 
 def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    """Everything the model computes for each example, side by side: (n, m)."""
+    """What the model answers for each example, side by side: (n, m).
+
+    What its heads give, where it has heads: the hidden states beside them are no answer, and a
+    gauge of the stream changes them. Else everything it computes.
+    """
     with torch.no_grad():
         result = torch.func.functional_call(
             model, dict(state), kwargs=dict(inputs), tie_weights=False
         )
-    values = result.values() if isinstance(result, Mapping) else result
+    if isinstance(result, Mapping):
+        heads = [result[k] for k in ("logits", "image_embeds", "text_embeds") if k in result]
+        result = heads or list(result.values())
+    values = result
     values = [values] if isinstance(values, Tensor) else values
     return torch.cat(
         [v.reshape(BATCH, -1) for v in values if isinstance(v, Tensor) and v.numel() >= BATCH],

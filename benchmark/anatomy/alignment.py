@@ -16,15 +16,7 @@ from torch import Tensor
 from benchmark.anatomy.assignment import assign, nearest
 from benchmark.anatomy.blocks import AttentionBlock, Channels, MLPBlock
 from benchmark.anatomy.coupled import match_coupled
-from benchmark.anatomy.gauge import (
-    apply_qk,
-    apply_vo,
-    permute_heads,
-    permute_units,
-    rotary_matrix,
-    scale_units,
-    within,
-)
+from benchmark.anatomy.gauge import permute_units, rotary_matrix, within
 from benchmark.anatomy.whole import Anatomy
 from benchmark.core.state import State
 
@@ -32,26 +24,6 @@ Cost = Literal["inner", "cosine"]
 
 # Far below any fine-tuning step, far above float64 rounding: keeps empty heads solvable.
 _RIDGE = 1e-14
-
-
-def align(state: Mapping[str, Tensor], anchor: Mapping[str, Tensor], anatomy: Anatomy) -> State:
-    """The point nearest to ``anchor`` among the States that compute what ``state`` does.
-
-    Heads are matched, then their gauges estimated, then hidden units and channels matched; a free
-    key bias is the anchor's. Tensors outside the blocks are shared with ``state``.
-    """
-    out = dict(state)
-    for block in anatomy.attention:
-        permute_heads(out, block, match_heads(block, out, anchor))
-        apply_qk(out, block, qk_gauge(block, out, anchor))
-        apply_vo(out, block, vo_gauge(block, out, anchor))
-        if block.k.bias is not None and block.free_key_bias:
-            block.k.bias.write(out, block.k.bias.read(anchor))
-    align_units(out, anchor, anatomy)
-    for units in anatomy.units:
-        if units.unit_scale is not None:
-            scale_units(out, units, unit_scales(units, out, anchor))
-    return out
 
 
 def align_units(
@@ -262,16 +234,20 @@ def unit_scales(
     As :func:`rotary_gauge` with real factors, of the signs ``block.unit_scale`` allows.
     """
 
-    def side(source: Mapping[str, Tensor], power: int) -> Tensor:
-        scaled = [axis.read(source).double() for axis in block.axes if axis.power == power]
-        return torch.cat([value.reshape(len(value), -1) for value in scaled], 1)
+    def inner(other: Mapping[str, Tensor], power: int) -> Tensor:
+        """⟨x, x0⟩ per unit over the axes of one power: (n,)."""
+        found = torch.zeros((), dtype=torch.float64)
+        for axis in block.axes:
+            if axis.power == power:
+                product = axis.read(state).double() * axis.read(other)
+                found = found.to(product.device) + product.reshape(len(product), -1).sum(1)
+        return found
 
-    (x, y), (x0, y0) = ((side(source, 1), side(source, -1)) for source in (state, anchor))
-    on_x, on_y = (x * x0).sum(1), (y * y0).sum(1)
+    xx, yy, on_x, on_y = (inner(other, power) for other in (state, anchor) for power in (1, -1))
     if block.unit_scale == "positive":
         # A unit that points away from its anchor is better left alone than turned.
         on_x, on_y = on_x.clamp(min=0), on_y.clamp(min=0)
-    return _factor(x.square().sum(1), y.square().sum(1), on_x, on_y)
+    return _factor(xx, yy, on_x, on_y)
 
 
 def _factor(xx: Tensor, yy: Tensor, on_x: Tensor, on_y: Tensor) -> Tensor:

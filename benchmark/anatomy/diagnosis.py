@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy.alignment import (
-    align,
     head_sides,
     match_all,
     match_heads,
@@ -29,6 +28,7 @@ from benchmark.anatomy.alignment import (
 )
 from benchmark.anatomy.blocks import AttentionBlock
 from benchmark.anatomy.gauge import permute_heads
+from benchmark.anatomy.gauges import align
 from benchmark.anatomy.whole import Anatomy
 from benchmark.core.state import State, norm, norm_growth, task_vector
 
@@ -149,7 +149,7 @@ def diagnose(
     """Compare ``released`` with ``base``, block by block.
 
     ``recovered``: what an attack made of it; by default the aligned release
-    (:func:`benchmark.anatomy.alignment.align`).
+    (:func:`benchmark.anatomy.gauges.align`).
     """
     aligned = align(released, base, anatomy)
     recovered = aligned if recovered is None else recovered

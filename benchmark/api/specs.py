@@ -76,7 +76,8 @@ def _literal(value: str) -> Any:
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return value
+        words = value[1:-1] if value[0] + value[-1] in ("[]", "()") else ""
+        return [_literal(word) for word in _split(words, ",")] if words else value
 
 
 def build(cls: type, name: str, arguments: dict[str, Any]) -> Any:

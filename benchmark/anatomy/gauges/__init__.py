@@ -8,6 +8,6 @@ group.align(released, base)                   # near the expert, from weights al
 """
 
 from benchmark.anatomy.gauges.base import Abelian, Element, Gauge
-from benchmark.anatomy.gauges.group import KINDS, Group, of
+from benchmark.anatomy.gauges.group import BLOCKS, KINDS, Group, align, of
 
-__all__ = ["KINDS", "Abelian", "Element", "Gauge", "Group", "of"]
+__all__ = ["BLOCKS", "KINDS", "Abelian", "Element", "Gauge", "Group", "align", "of"]
