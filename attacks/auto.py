@@ -31,12 +31,12 @@ class Auto(Ensemble):
     an undefended merge (on all of validation), nothing is left to break and the ensemble stops;
     like AutoAttack, it spends nothing on what is already lost. The cell then used no data.
 
-    Else all candidates are screened: they see the first validation rung at two of the merger's
-    settings (the one that is best for the undefended expert, and the victim at full strength with
-    the least of the partners). The best of the others gets the whole search too, and wins only if
-    it is better on validation by more than a standard error: a few examples would else prefer luck
-    to the attack that is strongest by construction. In forward passes that is about three times
-    the search of one member alone.
+    Else all candidates are screened: at two of the merger's settings (the one that is best for the
+    undefended expert, and the victim at full strength with the least of the partners) they race
+    over the validation split, rung by rung, as the settings of one search do. The best of the
+    others gets the whole search too, and wins only if it is better on validation by more than a
+    standard error: a few examples would else prefer luck to the attack that is strongest by
+    construction. In forward passes that is about three times the search of one member alone.
 
     Attributes:
         tier: what the attacker holds. Each tier tries all of the one below.

@@ -120,7 +120,8 @@ def test_the_finalists_are_the_first_and_the_best_of_the_others(
     scores, (first, challenger) = found["scores"], found["finalists"]  # type: ignore[misc]
     assert isinstance(scores, dict)
     assert first == Auto().candidates[0]
-    assert scores[challenger] == max(s for spec, s in scores.items() if spec != first)
+    # The screening's race names it: the best of those that saw most.
+    assert challenger == next(spec for spec in scores if spec != first)
     assert found["winner"] in (first, challenger)
     auto = cells[HELD, "auto", merger].protection
     # Chosen on 32 validation examples, measured on 200 test examples: near the best member's.
@@ -133,7 +134,9 @@ def test_it_costs_about_three_searches(
     cells: dict[tuple[str, str, str], Cell], merger: str
 ) -> None:
     found = cells[HELD, "auto", merger].ensemble
-    assert found["member_passes"] < found["passes"] <= 3 * found["member_passes"]  # type: ignore[operator]
+    # Screening costs as much whatever the merger; one with fixed coefficients has little to search.
+    times = 4 if "fixed" in merger else 3
+    assert found["member_passes"] < found["passes"] <= times * found["member_passes"]  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("merger", MERGERS)

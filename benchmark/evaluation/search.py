@@ -14,6 +14,7 @@ the dropped is truly better than the leader of its rung, to whom the winner did 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -79,6 +80,7 @@ def race(
     correct: Correct,
     expert: Mapping[str, float],
     rungs: Sequence[int],
+    share: float = 0.5,
 ) -> Result:
     """Search ``candidates``.
 
@@ -87,6 +89,7 @@ def race(
     rung the candidate goes on that comes first in ``candidates``, which go from weak to strong; in
     a field of more than ``FIELD`` the one that comes last: near the base all are alike on a few
     examples, and their order would keep the weak. Whatever a candidate raises is its own failure.
+    ``share``: at most so many of a field go on.
     """
     alive, seen, bound = list(candidates), 0, 0.0
     failed: dict[str, str] = {}
@@ -109,7 +112,7 @@ def race(
             alive.sort(key=lambda racer: -place[id(racer)])
         alive.sort(key=lambda racer: -racer.score(expert))
         if position < len(rungs) - 1:
-            alive, lost = _survivors(alive, expert, sigmas)
+            alive, lost = _survivors(alive, expert, sigmas, share)
             bound = max(bound, lost)
     ran = [racer for racer in candidates if racer.name not in failed]
     ranked = sorted(ran, key=lambda racer: (-racer.seen, -racer.score(expert)))
@@ -119,7 +122,7 @@ def race(
 
 
 def _survivors(
-    ranked: list[Racer], expert: Mapping[str, float], sigmas: float
+    ranked: list[Racer], expert: Mapping[str, float], sigmas: float, share: float
 ) -> tuple[list[Racer], float]:
     """Those that go on, and by how much one that halving drops may be better than the leader."""
     leader = ranked[0].outcomes(expert)
@@ -130,8 +133,8 @@ def _survivors(
         slack = max(sigmas * gap.std(ddof=1) / len(gap) ** 0.5, 1 / len(gap))
         if not racer.safe and gap.mean() <= slack:
             contenders.append((racer, float(slack - gap.mean())))
-    half = (sum(not racer.safe for racer in ranked) + 1) // 2
-    kept = max(half, 2 if len(leader) >= HALVING else FIELD)
+    most = math.ceil(share * sum(not racer.safe for racer in ranked))
+    kept = max(most, 2 if len(leader) >= HALVING else round(2 * share * FIELD))
     lost = max((worth for _, worth in contenders[kept:]), default=0.0)
     contenders = contenders[:kept]
     going = {id(racer) for racer, _ in contenders}

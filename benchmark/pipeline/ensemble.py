@@ -13,10 +13,15 @@ from benchmark.api.contracts import Access, Attack, Ensemble, Setting
 from benchmark.api.methods import Named
 from benchmark.core.errors import MethodError, described, stop_if_serious
 from benchmark.evaluation.scoring import accuracies
+from benchmark.evaluation.search import Racer, race
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate
 from benchmark.pipeline.freerider import FreeRider, Outcome
 from benchmark.pipeline.situation import Situation
+
+#: Of the merges of a screening so many go on from one rung to the next, against half in a search:
+#: it has to name one challenger, and costs about as much as one search does.
+SCREENED = 0.25
 
 
 @dataclass
@@ -24,9 +29,9 @@ class Screening:
     """What an ensemble did: finalists, winner, scores, failures, forward passes.
 
     ``stopped``: its first candidate alone did, and the others were not looked at. ``scores``:
-    validation score by candidate over the first rung. ``shared``: passes of the finalists in the
-    screening, which their whole searches do not repeat. ``searches``: passes of each finalist's
-    search.
+    validation score by candidate, the race's best first, over as much as it saw. ``shared``:
+    passes of the finalists in the screening, which their whole searches do not repeat.
+    ``searches``: passes of each finalist's search.
     """
 
     version: str
@@ -147,7 +152,8 @@ class Attackers:
         return max(found, key=lambda outcome: outcome.score)
 
     def _screen(self, at: Situation, report: Screening) -> None:
-        """Score every candidate over the first rung; the best of the others join the first.
+        """Race the merges of all candidates over the validation split (as a search races its own);
+        the best of the others join the first.
 
         A candidate that raises, whatever it raises, is noted and is out.
 
@@ -157,28 +163,38 @@ class Attackers:
         ensemble, rider = cast(Ensemble, at.attack.method), self.rider
         merge = self.undefended(at).merge
         favourite = merge.setting if merge else None
-        rows = range(rider.suite.validation_rungs[0])
         expert = accuracies(rider.experts(at, "validation"))
-        tried: dict[str, int] = {}
+        entries: dict[str, tuple[str, Candidate]] = {}
         for spec in ensemble.candidates:
             try:
-                scores = [
-                    float(rider.validated(option, expert, [rows]).mean())
-                    for option in self._entries(at.under(methods.attack(spec)), favourite)
-                ]
+                options = self._entries(at.under(methods.attack(spec)), favourite)
             except Exception as error:
                 stop_if_serious(error)
                 report.failed[spec] = described(error)
                 continue
-            report.scores[spec] = round(max(scores), 4)
-            tried[spec] = len(scores) * len(rows) * len(expert)
-        if not tried:
+            entries |= {f"{spec} {i}": (spec, option) for i, option in enumerate(options)}
+        found = race(
+            [Racer(name) for name in entries],
+            lambda name, task, rows: rider.bits(entries[name][1], task, "validation", rows),
+            expert,
+            rider.suite.validation_rungs,
+            SCREENED,
+        )
+        seen: dict[str, int] = {}
+        for racer in found.ranked:  # the best of each candidate first
+            spec, _ = entries[racer.name]
+            report.scores.setdefault(spec, round(racer.score(expert), 4))
+            seen[spec] = seen.get(spec, 0) + racer.seen * len(expert)
+        for name, reason in found.failed.items():
+            if entries[name][0] not in report.scores:
+                report.failed[entries[name][0]] = reason
+        if not seen:
             raise MethodError(f"every attack of {at.attack.spec} failed: {report.failed}")
-        first, *others = tried
-        others.sort(key=lambda spec: -report.scores[spec])
+        first = next(spec for spec in ensemble.candidates if spec in seen)
+        others = [spec for spec in seen if spec != first]
         report.finalists = [first, *others[: ensemble.challengers]]
-        report.passes = sum(tried.values())
-        report.shared = sum(tried[spec] for spec in report.finalists)
+        report.passes = found.passes
+        report.shared = sum(seen[spec] for spec in report.finalists)
 
     def _entries(self, at: Situation, favourite: Setting | None) -> list[Candidate]:
         """The merges of one candidate that screening looks at, refined if the attack refines."""

@@ -150,7 +150,7 @@ class FreeRider:
         racer = Racer(candidate.name)
         for task in expert:
             for rows in pieces:
-                racer.extend(task, self._bits(candidate, task, "validation", rows))
+                racer.extend(task, self.bits(candidate, task, "validation", rows))
         return racer.outcomes(expert)
 
     def rungs(self) -> list[range]:
@@ -174,9 +174,10 @@ class FreeRider:
 
     def test(self, candidate: Candidate, tasks: Sequence[str]) -> dict[str, np.ndarray]:
         """Test outcomes by task."""
-        return {task: self._bits(candidate, task, "test", self.rows(task)) for task in tasks}
+        return {task: self.bits(candidate, task, "test", self.rows(task)) for task in tasks}
 
-    def _bits(self, candidate: Candidate, task: str, split: str, rows: range) -> np.ndarray:
+    def bits(self, candidate: Candidate, task: str, split: str, rows: range) -> np.ndarray:
+        """Which examples of ``rows`` a candidate gets right."""
         return self.measure.bits(candidate.content, candidate.build, task, split, rows)
 
     def _race(
@@ -195,7 +196,7 @@ class FreeRider:
         expert = accuracies(self.experts(at, "validation"))
         found = race(
             racers,
-            lambda name, task, rows: self._bits(by_name[name], task, "validation", rows),
+            lambda name, task, rows: self.bits(by_name[name], task, "validation", rows),
             expert,
             self.suite.validation_rungs,
         )
