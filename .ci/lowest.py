@@ -1,6 +1,6 @@
 """The lowest versions that pyproject.toml declares, as constraints for pip.
 
-    python .ci/lowest.py > lowest.txt && pip install -c lowest.txt -e '.[test,mergekit]'
+    python .ci/lowest.py > lowest.txt && pip install -r lowest.txt && pip install --no-deps -e .
 
 Of every dependency and of the extras ``test`` and ``mergekit``. A requirement without a floor is an
 error: nobody would know what was tested.
