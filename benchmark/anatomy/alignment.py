@@ -222,35 +222,11 @@ def rotary_gauge(first: Tensor, first0: Tensor, second: Tensor, second0: Tensor)
     )
     on_x, on_y = ((side * anchor.conj()).sum(2) for side, anchor in ((x, x0), (y, y0)))
     xx, yy = (side.abs().square().sum(2) for side in (x, y))
-    z = _factor(xx, yy, on_x, on_y)
+    z = best_factors(xx, yy, on_x, on_y)
     return rotary_matrix(z.real, z.imag)
 
 
-def unit_scales(
-    block: MLPBlock | Channels, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-) -> Tensor:
-    """The c for ``scale_units`` that brings the units nearest to the anchor's: (n,) float64.
-
-    As :func:`rotary_gauge` with real factors, of the signs ``block.unit_scale`` allows.
-    """
-
-    def inner(other: Mapping[str, Tensor], power: int) -> Tensor:
-        """⟨x, x0⟩ per unit over the axes of one power: (n,)."""
-        found = torch.zeros((), dtype=torch.float64)
-        for axis in block.axes:
-            if axis.power == power:
-                product = axis.read(state).double() * axis.read(other)
-                found = found.to(product.device) + product.reshape(len(product), -1).sum(1)
-        return found
-
-    xx, yy, on_x, on_y = (inner(other, power) for other in (state, anchor) for power in (1, -1))
-    if block.unit_scale == "positive":
-        # A unit that points away from its anchor is better left alone than turned.
-        on_x, on_y = on_x.clamp(min=0), on_y.clamp(min=0)
-    return _factor(xx, yy, on_x, on_y)
-
-
-def _factor(xx: Tensor, yy: Tensor, on_x: Tensor, on_y: Tensor) -> Tensor:
+def best_factors(xx: Tensor, yy: Tensor, on_x: Tensor, on_y: Tensor) -> Tensor:
     """z = r·u, |u| = 1, minimising ‖z·x − x0‖² + ‖y/z̄ − y0‖² elementwise; 1 where nothing is won.
 
     ``on_x`` = ⟨x, x0⟩ and ``on_y`` likewise, real or complex; ``xx`` = ‖x‖², ``yy`` = ‖y‖².

@@ -113,6 +113,22 @@ def reciprocal(value: Tensor) -> Tensor:
     return torch.where(value.abs() > TINY, 1 / value, torch.ones_like(value))
 
 
+def trusted(own: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (d, m), each column × min(1, ‖goal‖/‖own‖), for a least squares that nobody can buy.
+
+    A unit that never fires, a token that no text holds or a position beyond every text may carry
+    anything. A column that is blown up weighs no more than that of the anchor does; where ``own``
+    is near its anchor all weights are as good as 1.
+    """
+    share = (goal.norm(dim=0) / own.norm(dim=0).clamp_min(TINY)).clamp(max=1)
+    return own * share, goal * share
+
+
+def directions(value: Tensor) -> Tensor:
+    """The columns of (d, m) as unit vectors; empty ones stay."""
+    return value / value.norm(dim=0).clamp_min(TINY)
+
+
 class Overlap(NamedTuple):
     """‖x‖² and ⟨x, x0⟩ of what a factor multiplies."""
 

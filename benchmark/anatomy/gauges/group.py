@@ -42,8 +42,8 @@ KINDS: tuple[type[Gauge], ...] = (
     QueryKeyGain,
     NullDirection,
     ValueShift,
+    Constant,  # before the median of embeddings, which it would blur
     EmbeddingShift,
-    Constant,
     UnitScale,
     QueryKeyLength,
     SegmentScale,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy.blocks import Linear, Slot
-from benchmark.anatomy.gauges.base import Element, Shift, normal, reciprocal
+from benchmark.anatomy.gauges.base import Element, Shift, normal, reciprocal, trusted
 from benchmark.anatomy.gauges.wiring import (
     Norm,
     add_to,
@@ -55,8 +55,13 @@ class NormShift(Shift):
         left = torch.eye(self.width, dtype=right.dtype, device=right.device)
         for reader in self.readers:
             assert reader.bias is not None
-            weight = columns(reader, state).sum(2)
-            right = right + weight @ (vector(reader.bias, state) - vector(reader.bias, anchor))
+            own, goal = (
+                torch.cat([columns(reader, s).sum(2), vector(reader.bias, s)[None]])
+                for s in (state, anchor)
+            )
+            own, goal = trusted(own, goal)
+            weight = own[:-1]
+            right = right + weight @ (own[-1] - goal[-1])
             left = left + weight @ weight.T
         if self.writer is not None:
             right = right + vector(self.writer, state) - vector(self.writer, anchor)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.alignment import head_sides, unit_scales
+from benchmark.anatomy.alignment import best_factors, head_sides
 from benchmark.anatomy.blocks import AttentionBlock, Axis, Channels, MLPBlock, Slot
 from benchmark.anatomy.gauge import scale_units
 from benchmark.anatomy.gauges.base import (
@@ -19,6 +19,7 @@ from benchmark.anatomy.gauges.base import (
     best_factor,
     log_uniform,
     reciprocal,
+    trusted,
 )
 from benchmark.anatomy.gauges.wiring import matrix, vector
 from benchmark.core.state import State
@@ -50,7 +51,20 @@ class PerUnit(Scale):
         return (reciprocal(torch.cat(made, 1).norm(dim=1)),)
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
-        return (unit_scales(self.units, state, anchor),)
+        """The factors of least distance, of the signs that ``units.unit_scale`` allows."""
+
+        def overlaps(power: int) -> Tensor:
+            """‖x‖² and ⟨x, x0⟩ per unit: (2, n)."""
+            axes = [axis for axis in self.units.axes if axis.power == power]
+            pairs = [trusted(matrix(axis, state), matrix(axis, anchor)) for axis in axes]
+            found = [torch.stack([(x * x).sum(1), (x * x0).sum(1)]) for x, x0 in pairs]
+            return torch.stack(found).sum(0)
+
+        (xx, on_x), (yy, on_y) = overlaps(1), overlaps(-1)
+        if self.units.unit_scale == "positive":
+            # A unit that points away from its anchor is better left alone than turned.
+            on_x, on_y = on_x.clamp(min=0), on_y.clamp(min=0)
+        return (best_factors(xx, yy, on_x, on_y),)
 
 
 class NormGain(PerUnit):
@@ -75,8 +89,8 @@ class UnitScale(PerUnit):
 class SegmentScale(Scale):
     """A segment × c: what comes into it × c, what reads it linearly / c; norms ignore it.
 
-    In standard form the length of ``measured`` is 1 (of the product Wo·Wv of ``attention``, whose
-    own gauge would change that of Wo alone).
+    In standard form the median length of the columns of ``measured`` is 1 (that of the product
+    Wo·Wv of ``attention``, whose own gauge would change that of Wo alone).
     """
 
     up: tuple[Axis, ...]
@@ -101,12 +115,12 @@ class SegmentScale(Scale):
         if self.attention is not None:
             x, y = head_sides(self.attention, state, "vo")
             return (reciprocal(((x @ x.mT) * (y @ y.mT)).sum().sqrt()),)
-        squares = [vector(axis.slot, state).square().sum() for axis in self.measured]
-        return (reciprocal(torch.stack(squares).sum().sqrt()),)
+        lengths = [matrix(axis, state).norm(dim=0) for axis in self.measured]
+        return (reciprocal(torch.cat(lengths).median()),)
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         up, down = (
-            Overlap.of((vector(a.slot, state), vector(a.slot, anchor)) for a in axes)
+            Overlap.of(trusted(matrix(a, state), matrix(a, anchor)) for a in axes)
             for axes in (self.up, self.down)
         )
         return (torch.tensor(best_factor(up, down if self.down else None), dtype=torch.float64),)

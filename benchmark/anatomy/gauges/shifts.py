@@ -75,16 +75,19 @@ class EmbeddingShift(Shift):
                 part.add(state, sign * element[0])
 
     def standard(self, state: Mapping[str, Tensor]) -> Element:
-        return (-torch.cat([part.read(state) for part in self.first], 1).mean(1),)
+        """Minus the median of the larger side: rows that no text reaches may hold anything."""
+        sides = [[part.read(state) for part in parts] for parts in (self.first, self.second)]
+        first, second = (torch.cat(side, 1) for side in sides)
+        if first.shape[1] >= second.shape[1]:
+            return (-first.median(1).values,)
+        return (second.median(1).values,)
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
-        total, count = torch.zeros((), dtype=torch.float64), 0
+        changes = []
         for sign, parts in ((1, self.first), (-1, self.second)):
             for part in parts:
-                change = part.read(anchor) - part.read(state)
-                total = total.to(change.device) + sign * change.sum(1)
-                count += change.shape[1]
-        return (total / count,)
+                changes.append(sign * (part.read(anchor) - part.read(state)))
+        return (torch.cat(changes, 1).median(1).values,)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from benchmark.anatomy.assignment import assign, nearest
 from benchmark.anatomy.blocks import Axis, Linear
-from benchmark.anatomy.gauges.base import TINY, Element, Gauge, orthogonal, reciprocal
+from benchmark.anatomy.gauges.base import (
+    Element,
+    Gauge,
+    directions,
+    orthogonal,
+    reciprocal,
+    trusted,
+)
 from benchmark.anatomy.gauges.wiring import (
     Segment,
     Stream,
@@ -47,10 +54,9 @@ class StreamGauge(Gauge):
     def pairs(
         self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """:meth:`outer` of both, in units of the anchor's root mean square."""
+        """:meth:`outer` of both, every column a unit vector: none weighs more for being long."""
         for own, goal in zip(self.outer(state), self.outer(anchor), strict=True):
-            scale = goal.square().mean().sqrt().clamp_min(TINY)
-            yield own / scale, goal / scale
+            yield directions(own), directions(goal)
 
 
 @dataclass(frozen=True)
@@ -167,14 +173,15 @@ class StreamRotation(StreamGauge):
             turned, fixed = (torch.cat(side).T.float() for side in ([first @ x for x in own], goal))
             order = nearest(turned, fixed).to(cross.device)
             for x, x0 in zip(own, goal, strict=True):
-                cross = cross + x0 @ x[:, order].T / x0.square().mean().clamp_min(TINY)
+                cross = cross + directions(x0) @ directions(x)[:, order].T
         return (self._polar(cross),)
 
     def closest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         """Procrustes on everything along the axis, once the gauges inside are undone."""
         cross = torch.zeros((), dtype=torch.float64)
         for segment in self.stream.segments:
-            for own, goal in zip(_all(segment, state), _all(segment, anchor), strict=True):
+            for pair in zip(_all(segment, state), _all(segment, anchor), strict=True):
+                own, goal = trusted(*pair)
                 cross = cross.to(own.device) + goal @ own.T
         return (self._polar(cross),)
 
