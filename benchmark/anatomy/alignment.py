@@ -226,6 +226,15 @@ def rotary_gauge(first: Tensor, first0: Tensor, second: Tensor, second0: Tensor)
     return rotary_matrix(z.real, z.imag)
 
 
+def common_scale(x: Tensor, x0: Tensor, y: Tensor, y0: Tensor) -> Tensor:
+    """The r > 0 per head that minimises ‖r·X − X0‖² + ‖Y/r − Y0‖²; sides (heads, dh, m): (heads,).
+
+    A head that gains nothing keeps 1.
+    """
+    on_x, on_y = ((side * anchor).sum((1, 2)).clamp(min=0) for side, anchor in ((x, x0), (y, y0)))
+    return best_factors(x.square().sum((1, 2)), y.square().sum((1, 2)), on_x, on_y)
+
+
 def best_factors(xx: Tensor, yy: Tensor, on_x: Tensor, on_y: Tensor) -> Tensor:
     """z = r·u, |u| = 1, minimising ‖z·x − x0‖² + ‖y/z̄ − y0‖² elementwise; 1 where nothing is won.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from benchmark.api import methods
 from benchmark.api.contracts import Access, Budget, Setting
 from benchmark.api.methods import Named
 from benchmark.core.state import (
@@ -21,6 +22,10 @@ from benchmark.pipeline.identity import generator
 from benchmark.pipeline.nodes import Node
 from benchmark.pipeline.situation import Situation
 from benchmark.pipeline.workbench import Workbench
+
+#: What the task vector of the release is multiplied by where nothing is merged with it. Not 1: that
+#: is the release, which is an outside option.
+SCALES = (0.5, 0.75, 1.5)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,29 @@ def merges(
     ]
 
 
+def scaled(
+    bench: Workbench,
+    at: Situation,
+    base: Part,
+    parts: Sequence[Part],
+    settings: Sequence[Setting],
+    kind: str,
+) -> list[Candidate]:
+    """θ0 + c·τ of the first member alone, for each c of ``SCALES``: with two models in hand anybody
+    can do that, whatever his merger does with more. So it is one model for all mergers.
+
+    ``settings``: of the merger. Where they hold one choice of coefficients only, a protocol fixes
+    them or the method has none: nothing but that is asked there.
+    """
+    used = {s.coefficients for s in settings if s.coefficients[0] and any(s.coefficients[1:])}
+    if len(used) <= 1:
+        return []
+    others = (0.0,) * (len(parts) - 1)
+    alone = [Setting((c, *others)) for c in SCALES]
+    plain = replace(at, merger=methods.merger("task-arithmetic"))
+    return merges(bench, plain, base, parts, alone, kind)
+
+
 def outside(bench: Workbench, at: Situation, settings: Sequence[Setting]) -> list[Candidate]:
     """What a free-rider has without merging the victim (DESIGN section 4).
 
@@ -153,8 +181,8 @@ def outside(bench: Workbench, at: Situation, settings: Sequence[Setting]) -> lis
 def controls(bench: Workbench, at: Situation, settings: Sequence[Setting]) -> list[Candidate]:
     """What the attack's data and compute give without the victim: the attack run on the base.
 
-    That model alone, and merged with the partners in the victim's place. Empty where the attack
-    leaves the base as it is (it works after the merge, or on locks only).
+    That model alone, scaled, and merged with the partners in the victim's place. Empty where the
+    attack leaves the base as it is (it works after the merge, or on locks only).
     """
     node = bench.control(at)
     if node.sha256 == bench.base.sha256:
@@ -163,6 +191,7 @@ def controls(bench: Workbench, at: Situation, settings: Sequence[Setting]) -> li
     with_it = [s for s in settings if s.coefficients[0] and any(s.coefficients[1:])]
     return [
         Candidate.of("control alone", node, "control"),
+        *scaled(bench, at, base, parts, settings, "control"),
         *merges(bench, at, base, parts, with_it, "control"),
     ]
 

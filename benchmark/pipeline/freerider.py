@@ -110,14 +110,12 @@ class FreeRider:
         start = time.perf_counter()
         base, parts = made.members(self.bench.recovered(at))
         at = made.merging(self.bench, at)
+        space = self.settings(at.merger, at.group)
         # The victim without any partner is no merge: used alone it is an outside option.
-        settings = [
-            s
-            for s in self.settings(at.merger, at.group)
-            if s.coefficients[0] and any(s.coefficients[1:])
-        ]
+        settings = [s for s in space if s.coefficients[0] and any(s.coefficients[1:])]
         options = made.merges(self.bench, at, base, parts, settings, "merge")
-        ranked, search = self._race(options, at, known=[outside])
+        scaled = made.scaled(self.bench, at, base, parts, space, "merge")
+        ranked, search = self._race(options, at, known=[outside], more=scaled)
         merge = _best_merge(ranked)
         spent: Counter[str] = Counter()
         if at.merger.method.access > Access.WEIGHTS:
@@ -181,18 +179,24 @@ class FreeRider:
         return self.measure.bits(candidate.content, candidate.build, task, split, rows)
 
     def _race(
-        self, options: Sequence[Candidate], at: Situation, known: Sequence[Candidate] = ()
+        self,
+        options: Sequence[Candidate],
+        at: Situation,
+        known: Sequence[Candidate] = (),
+        more: Sequence[Candidate] = (),
     ) -> tuple[Ranked, Search]:
         """All that can be run with their validation scores, in the race's order; and what the
-        search over ``options`` took.
+        search over ``options`` and ``more`` took.
 
-        ``known`` ones are never dropped: they were seen whole before, or are to be.
+        ``known`` ones are never dropped: they were seen whole before, or are to be. ``more``: hang
+        on no merger, so that they say nothing about whether it works.
 
         Raises:
             MethodError: of ``options``, or of ``known`` if there are no others, none can be run.
         """
-        by_name = {str(i): c for i, c in enumerate([*options, *known])}
-        racers = [Racer(name, safe=int(name) >= len(options)) for name in by_name]
+        first, safe = len(more), len(more) + len(options)
+        by_name = {str(i): c for i, c in enumerate([*more, *options, *known])}
+        racers = [Racer(name, safe=int(name) >= safe) for name in by_name]
         expert = accuracies(self.experts(at, "validation"))
         found = race(
             racers,
@@ -200,12 +204,12 @@ class FreeRider:
             expert,
             self.suite.validation_rungs,
         )
-        asked = len(options) or len(known)
-        failed = [reason for name, reason in found.failed.items() if int(name) < asked]
-        if len(failed) == asked:
-            raise MethodError(f"none of {asked} candidates can be run ({failed[0]})")
+        asked = range(first, safe) or range(safe, len(by_name))
+        failed = [reason for name, reason in found.failed.items() if int(name) in asked]
+        if len(failed) == len(asked):
+            raise MethodError(f"none of {len(asked)} candidates can be run ({failed[0]})")
         search = Search(
-            settings=len(options),
+            settings=safe,
             failed=len(failed),
             passes=found.passes,
             exhaustive=found.exhaustive,
