@@ -231,7 +231,7 @@ def test_learned_match_has_nothing_to_do_without_gauges() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["trap-smooth", "learned-match"])
+@pytest.mark.parametrize("spec", ["trap-smooth", "learned-match(weight=0.0)"])
 def test_a_trap_has_no_teeth_left(spec: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNMERGEBENCH_CACHE", str(home))
     digits, partner = bench(home / "trained"), "digits-high"
@@ -247,8 +247,8 @@ def test_a_trap_has_no_teeth_left(spec: str, home: Path, monkeypatch: pytest.Mon
         return float(digits.evaluator.correct(state, VICTIM, "test", range(500)).mean())
 
     recovered = named.method.recover(trap, known, generator(0))
-    assert at(trap, 0.8) < at(expert, 0.8) - 0.2
-    assert at(recovered, 0.8) > (at(trap, 0.8) + at(expert, 0.8)) / 2
+    assert at(trap, 0.8) < at(expert, 0.8) - 0.1
+    assert at(recovered, 0.8) > at(expert, 0.8) - 0.05
     harmless = named.method.recover(expert, known, generator(0))
     assert at(harmless, 0.8) > at(expert, 0.8) - 0.02
 
