@@ -41,8 +41,10 @@ QUICK = {
     "distil-merge": "distil-merge(steps=2)",
     "finetune-recovery": "finetune-recovery(steps=2)",
     "layer-refit": "layer-refit(steps=3)",
+    "learned-match": "learned-match(steps=3)",
     "mergetune": "mergetune(draws=2,steps=2)",
     "rinse": "rinse(steps=2)",
+    "trap-smooth": "trap-smooth(steps=3)",
 }
 COMPOSITES = ("head-norm(reference=balanced)+norm-match+nominal-pin", "gauge-align+rinse(steps=1)")
 BUILT_IN = [*(QUICK.get(n, n) for n in ATTACKS.names()), *COMPOSITES]

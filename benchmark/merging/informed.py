@@ -49,6 +49,17 @@ def combined(base: Tensor, deltas: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return total.to(base.dtype)
 
 
+def mixture(base: State, taus: Sequence[State], shares: Tensor) -> State:
+    """θ0 + Σ shares_i·τ_i, differentiable in all of them; what no τ holds is shared with θ0."""
+    pairs = list(zip(shares, taus, strict=True))
+    return {
+        **base,
+        **{
+            k: combined(base[k], [(c, tau[k]) for c, tau in pairs if k in tau]) for k in moved(taus)
+        },
+    }
+
+
 class Learner(UnweightedMerger, Generic[Held]):
     """A merger that finds its coefficients by itself, from data drawn once.
 

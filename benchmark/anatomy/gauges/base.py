@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmark.core.errors import UsageError
 from benchmark.core.state import State
 
 #: The tensors that say which element of a gauge is meant, float64.
@@ -58,6 +59,20 @@ class Gauge(ABC):
         """The element of least distance, for a ``state`` that is near ``anchor`` already."""
         return self.nearest(state, anchor)
 
+    @property
+    def smooth(self) -> bool:
+        """Whether it has coordinates (:meth:`at`), so that an element can be learned."""
+        return False
+
+    def at(self, coordinates: Element) -> Element:
+        """The element with these coordinates, shaped as what :meth:`draw` gives. Zeros are the
+        identity, all others have inverses, and the map is differentiable.
+
+        Raises:
+            UsageError: the gauge is not ``smooth``.
+        """
+        raise UsageError(f"{self.name} has no coordinates")
+
     def apply(self, state: Mapping[str, Tensor], element: Element) -> State:
         """The State with ``element`` applied: computed in float64, cast to the dtypes it had."""
         out = dict(state)
@@ -80,12 +95,26 @@ class Abelian(Gauge):
 class Shift(Abelian):
     """An abelian gauge whose elements are added."""
 
+    @property
+    def smooth(self) -> bool:
+        return True
+
+    def at(self, coordinates: Element) -> Element:
+        return coordinates
+
     def inverse(self, element: Element) -> Element:
         return tuple(-part for part in element)
 
 
 class Scale(Abelian):
     """An abelian gauge whose elements are factors."""
+
+    @property
+    def smooth(self) -> bool:
+        return True
+
+    def at(self, coordinates: Element) -> Element:
+        return tuple(part.exp() for part in coordinates)
 
     def inverse(self, element: Element) -> Element:
         return tuple(1 / part for part in element)

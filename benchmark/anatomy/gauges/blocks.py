@@ -63,6 +63,13 @@ class _Matrices(Gauge):
 
     block: AttentionBlock
 
+    @property
+    def smooth(self) -> bool:
+        return True
+
+    def at(self, coordinates: Element) -> Element:
+        return (torch.linalg.matrix_exp(coordinates[0]),)
+
     def inverse(self, element: Element) -> Element:
         return (torch.linalg.inv(element[0]),)
 
@@ -79,6 +86,16 @@ class QueryKey(_Matrices):
     """Q → A·Q, K → A^-T·K, A of the block's own group: general, rotary or signs."""
 
     kind: ClassVar[str] = "query-key"
+
+    @property
+    def smooth(self) -> bool:
+        return self.block.qk_gauge != "sign"
+
+    def at(self, coordinates: Element) -> Element:
+        if not self.smooth:
+            return Gauge.at(self, coordinates)
+        # What commutes with rotations is an algebra: its exponentials are in the group.
+        return super().at((within(self.block, coordinates[0]),))
 
     def draw(self, rng: torch.Generator) -> Element:
         heads, size = self.block.kv_heads, self.block.head_dim

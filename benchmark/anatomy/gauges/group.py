@@ -86,6 +86,11 @@ class Group:
         """
         return replace(self, gauges=tuple(g for g in self.gauges if not g.up_to_eps))
 
+    @property
+    def smooth(self) -> Group:
+        """Those of which an element can be learned (:meth:`Gauge.at`)."""
+        return replace(self, gauges=tuple(g for g in self.gauges if g.smooth))
+
     def subset(self, names: Collection[str]) -> Group:
         """The gauges of these kinds (``norm-gain``) or names (``norm-gain@encoder.layer.0.norm1``).
 
