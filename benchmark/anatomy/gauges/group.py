@@ -42,7 +42,7 @@ KINDS: tuple[type[Gauge], ...] = (
     QueryKeyGain,
     NullDirection,
     ValueShift,
-    Constant,  # before the median of embeddings, which it would blur
+    Constant,  # before the middle of the embeddings, which it would blur
     EmbeddingShift,
     UnitScale,
     QueryKeyLength,

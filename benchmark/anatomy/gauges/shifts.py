@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy.blocks import AttentionBlock, Axis, Slot
-from benchmark.anatomy.gauges.base import Element, Shift, normal, reciprocal
+from benchmark.anatomy.gauges.base import Element, Shift, middle, normal, reciprocal
 from benchmark.anatomy.gauges.wiring import (
     Part,
     add_to,
@@ -75,12 +75,10 @@ class EmbeddingShift(Shift):
                 part.add(state, sign * element[0])
 
     def standard(self, state: Mapping[str, Tensor]) -> Element:
-        """Minus the median of the larger side: rows that no text reaches may hold anything."""
+        """Minus the middle of the larger side."""
         sides = [[part.read(state) for part in parts] for parts in (self.first, self.second)]
         first, second = (torch.cat(side, 1) for side in sides)
-        if first.shape[1] >= second.shape[1]:
-            return (-first.median(1).values,)
-        return (second.median(1).values,)
+        return (-middle(first) if first.shape[1] >= second.shape[1] else middle(second),)
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         changes = []
