@@ -16,7 +16,7 @@ from benchmark.core.state import State, statistic
 
 EVERY = (*zoo.NAMES, *zoo.CONVOLUTIONAL)
 #: Every kind of gauge is in one of these; the rest have the same kinds in other places.
-QUICK = {"bert-classifier", "dinov2", "llama", "qwen3", "gemma2", "convnext", "resnet"}
+QUICK = {"bert-classifier", "vit", "llama", "qwen3", "gemma2", "convnext", "resnet"}
 #: The heads and biases of so small a text tower are hardly moved by a lock that draws from shapes.
 SMALL = {"open-clip-resnet": {"heads", "value-shift", "key-bias"}}
 #: Elements of a rotation, which is told in their place.

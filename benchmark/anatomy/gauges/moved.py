@@ -28,7 +28,7 @@ from benchmark.core.state import State, norm, task_vector
 #: A kind was moved if without it the release stays so many times as far from the base. The noise of
 #: a comparison comes to 1.16 on tiny models, the least of the elements that locks draw to 2.2.
 MOVED = 1.25
-#: A tensor is nearer to the base than it was by a factor that is no noise.
+#: A tensor is far nearer to the base by this factor, which is more than noise and less than a lock.
 _FAR = 2.0
 #: A rotation is a permutation with signs if every row has an entry of at least this size: 45°.
 _ALONE = 0.5**0.5
@@ -60,7 +60,7 @@ def moved(group: Group, released: Mapping[str, Tensor], base: Mapping[str, Tenso
     group, whole = group.least(released, base)
     if not group.gauges:
         return Moved({}, group, whole)
-    found = list(_simplest(group, group.match(released, base)))
+    found = list(_simplest(group.match(released, base)))
     amounts = _matched(found, whole, base) | _abelian(group, found, released, base)
     amounts = {kind: amount for kind, amount in amounts.items() if amount > MOVED}
     few = group.subset(amounts)
@@ -75,8 +75,9 @@ def moved(group: Group, released: Mapping[str, Tensor], base: Mapping[str, Tenso
     return Moved(amounts, few, nearest, heads, units)
 
 
-def _simplest(group: Group, found: Matched) -> Iterator[tuple[Gauge, Element]]:
-    """A rotation that is a permutation with signs as these, the rest as it is."""
+def _simplest(found: Matched) -> Iterator[tuple[Gauge, Element]]:
+    """A rotation that is a permutation with signs as these, which take nothing from τ; the rest as
+    it is."""
     for gauge, element in found:
         if not isinstance(gauge, StreamRotation) or bool((element[0].abs().amax(1) < _ALONE).any()):
             yield gauge, element
