@@ -58,11 +58,14 @@ KINDS: tuple[type[Gauge], ...] = (
 #: Those inside attention blocks and MLPs and between channels: what published locks draw from.
 BLOCKS = tuple(k.kind for k in (KeyBias, UnitScale, HeadOrder, QueryKey, ValueOutput, UnitOrder))
 
+#: Gauges with their elements, in the order in which they are applied.
+Matched = Sequence[tuple[Gauge, Element]]
+
 #: Rounds of least distance after the closed form.
 _SWEEPS = 1
 #: A smaller group will do if it comes this near to the base, in units of what the whole one leaves:
 #: an expert is at 1.00 to 1.01 as it is, every lock we know beyond 10.
-_ENOUGH = 1.05
+ENOUGH = 1.05
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,50 @@ class Group:
         anchor's own way into standard form is gone back. Then every gauge in turn takes the element
         of least distance, from a start that is near.
         """
+        own, trail, _ = self._meet(state, anchor)
+        for gauge, element in reversed(trail):
+            gauge.move(own, gauge.inverse(element))
+        goal = _Precise(anchor)
+        for _ in range(_SWEEPS):
+            for each in self.gauges:
+                if isinstance(each, (StreamRotation, Abelian, QueryKey, ValueOutput)):
+                    each.move(own, each.closest(own, goal))
+        return own.stored()
+
+    def least(
+        self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+    ) -> tuple[Group, State]:
+        """The smallest that will do of no gauges, those of the blocks and all, and what it finds:
+        one that brings ``state`` as near to ``anchor`` as all do, up to ``ENOUGH``."""
+        whole = self.align(state, anchor)
+        enough = ENOUGH * norm(task_vector(whole, anchor))
+        if norm(task_vector(state, anchor)) <= enough:
+            return replace(self, gauges=()), dict(state)
+        inside = self.subset(BLOCKS)
+        if inside.gauges != self.gauges:
+            found = inside.align(state, anchor)
+            if norm(task_vector(found, anchor)) <= enough:
+                return inside, found
+        return self, whole
+
+    def match(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Matched:
+        """The elements that bring ``state`` to ``anchor``, of the gauges that are not abelian."""
+        return self._meet(state, anchor)[2]
+
+    def meet(
+        self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+    ) -> tuple[State, State]:
+        """Both in standard form and matched: between them are τ and what this group lacks."""
+        own, trail, _ = self._meet(state, anchor)
+        goal = _Precise(anchor)
+        for gauge, element in trail:
+            gauge.move(goal, element)
+        return own.stored(), goal.stored()
+
+    def _meet(
+        self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+    ) -> tuple[_Precise, list[tuple[Abelian, Element]], Matched]:
+        """``state`` in standard form and matched, the anchor's way there, what was matched."""
         own, goal = _Precise(state), _Precise(anchor)
         trail: list[tuple[Abelian, Element]] = []
         for gauge in self.gauges:
@@ -143,16 +190,11 @@ class Group:
                 gauge.move(own, gauge.standard(own))
                 trail.append((gauge, gauge.standard(goal)))
                 gauge.move(goal, trail[-1][1])
-        for gauge in self._matched():
-            gauge.move(own, gauge.nearest(own, goal))
-        for gauge, element in reversed(trail):
-            gauge.move(own, gauge.inverse(element))
-        goal = _Precise(anchor)
-        for _ in range(_SWEEPS):
-            for gauge in self.gauges:
-                if isinstance(gauge, (StreamRotation, Abelian, QueryKey, ValueOutput)):
-                    gauge.move(own, gauge.closest(own, goal))
-        return own.stored()
+        found: list[tuple[Gauge, Element]] = []
+        for each in self._matched():
+            found.append((each, each.nearest(own, goal)))
+            each.move(own, found[-1][1])
+        return own, trail, found
 
     def _matched(self) -> Iterator[Gauge]:
         """The gauges that are found by comparison, outer ones first.
@@ -175,17 +217,7 @@ def align(state: Mapping[str, Tensor], anchor: Mapping[str, Tensor], anatomy: An
     a State hardly nearer it is not taken: an undefended expert stays as it is, and what was locked
     inside its blocks moves inside them alone.
     """
-    group = of(anatomy, state)  # it may have untied what the base has tied
-    whole = group.align(state, anchor)
-    enough = _ENOUGH * norm(task_vector(whole, anchor))
-    if norm(task_vector(state, anchor)) <= enough:
-        return dict(state)
-    inside = group.subset(BLOCKS)
-    if inside.gauges != group.gauges:
-        found = inside.align(state, anchor)
-        if norm(task_vector(found, anchor)) <= enough:
-            return found
-    return whole
+    return of(anatomy, state).least(state, anchor)[1]  # it may have untied what the base has tied
 
 
 def of(model: nn.Module | Anatomy, state: Mapping[str, Tensor]) -> Group:

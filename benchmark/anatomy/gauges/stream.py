@@ -32,6 +32,9 @@ from benchmark.anatomy.gauges.wiring import (
 )
 from benchmark.core.state import State
 
+#: Far above rounding in float32, far below what embeddings have along 1.
+_NOISE = 1e-5
+
 
 @dataclass(frozen=True)
 class StreamGauge(Gauge):
@@ -193,7 +196,8 @@ class StreamRotation(StreamGauge):
         mirror = _mirror(len(cross)).to(cross)
         inside = mirror @ cross @ mirror
         u, _, v = torch.linalg.svd(inside[1:, 1:])
-        return _keeping_ones(u @ v, sign=-1 if inside[0, 0] < 0 else 1)
+        # In standard form nothing lies along 1: its sign is noise, and no turn of it is needed.
+        return _keeping_ones(u @ v, sign=-1 if inside[0, 0] < -_NOISE * inside.norm() else 1)
 
     @cached_property
     def _units(self) -> list[tuple[Segment, tuple[Linear, ...]]]:
