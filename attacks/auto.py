@@ -36,7 +36,8 @@ class Auto(Ensemble):
     over the validation split, rung by rung, as the settings of one search do. The best of the
     others gets the whole search too, and wins only if it is better on validation by more than a
     standard error: a few examples would else prefer luck to the attack that is strongest by
-    construction. In forward passes that is about three times the search of one member alone.
+    construction. In forward passes that is about three times the search of one member alone (five
+    times where the merger's coefficients are fixed and a search is one model).
 
     Attributes:
         tier: what the attacker holds. Each tier tries all of the one below.

@@ -155,7 +155,8 @@ class Attackers:
         """Race the merges of all candidates over the validation split (as a search races its own);
         the best of the others join the first.
 
-        A candidate that raises, whatever it raises, is noted and is out.
+        A candidate that raises, whatever it raises, is noted and is out; one that makes the merges
+        of one before it is not looked at twice.
 
         Raises:
             MethodError: every candidate failed.
@@ -165,6 +166,7 @@ class Attackers:
         favourite = merge.setting if merge else None
         expert = accuracies(rider.experts(at, "validation"))
         entries: dict[str, tuple[str, Candidate]] = {}
+        contents: set[str] = set()
         for spec in ensemble.candidates:
             try:
                 options = self._entries(at.under(methods.attack(spec)), favourite)
@@ -172,7 +174,9 @@ class Attackers:
                 stop_if_serious(error)
                 report.failed[spec] = described(error)
                 continue
-            entries |= {f"{spec} {i}": (spec, option) for i, option in enumerate(options)}
+            fresh = [option for option in options if option.content not in contents]
+            contents.update(option.content for option in fresh)
+            entries |= {f"{spec} {i}": (spec, option) for i, option in enumerate(fresh)}
         found = race(
             [Racer(name) for name in entries],
             lambda name, task, rows: rider.bits(entries[name][1], task, "validation", rows),

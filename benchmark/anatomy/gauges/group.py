@@ -57,6 +57,8 @@ KINDS: tuple[type[Gauge], ...] = (
 
 #: Those inside attention blocks and MLPs and between channels: what published locks draw from.
 BLOCKS = tuple(k.kind for k in (KeyBias, UnitScale, HeadOrder, QueryKey, ValueOutput, UnitOrder))
+#: Those that take nothing from a task vector when they are undone.
+PERMUTATIONS = tuple(k.kind for k in (StreamPermutation, StreamSign, HeadOrder, UnitOrder))
 
 #: Gauges with their elements, in the order in which they are applied.
 Matched = Sequence[tuple[Gauge, Element]]
@@ -152,17 +154,18 @@ class Group:
     def least(
         self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
     ) -> tuple[Group, State]:
-        """The smallest that will do of no gauges, those of the blocks and all, and what it finds:
-        one that brings ``state`` as near to ``anchor`` as all do, up to ``ENOUGH``."""
+        """The smallest that will do of no gauges, permutations, those of the blocks and all, and
+        what it finds: one that brings ``state`` as near to ``anchor`` as all do, up to ``ENOUGH``.
+        """
         whole = self.align(state, anchor)
         enough = ENOUGH * norm(task_vector(whole, anchor))
         if norm(task_vector(state, anchor)) <= enough:
             return replace(self, gauges=()), dict(state)
-        inside = self.subset(BLOCKS)
-        if inside.gauges != self.gauges:
-            found = inside.align(state, anchor)
-            if norm(task_vector(found, anchor)) <= enough:
-                return inside, found
+        for fewer in (self.subset(PERMUTATIONS), self.subset(BLOCKS)):
+            if fewer.gauges != self.gauges:
+                found = fewer.align(state, anchor)
+                if norm(task_vector(found, anchor)) <= enough:
+                    return fewer, found
         return self, whole
 
     def match(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Matched:
@@ -214,8 +217,8 @@ def align(state: Mapping[str, Tensor], anchor: Mapping[str, Tensor], anatomy: An
 
     The element of least distance takes from an expert's task vector all that lies along the group
     (METHODS section 3, trap 1: the more, the larger the group), lock or no lock. So where it brings
-    a State hardly nearer it is not taken: an undefended expert stays as it is, and what was locked
-    inside its blocks moves inside them alone.
+    a State hardly nearer it is not taken: an undefended expert stays as it is, permutations are
+    undone by permutations, and what was locked inside blocks moves inside them alone.
     """
     return of(anatomy, state).least(state, anchor)[1]  # it may have untied what the base has tied
 
