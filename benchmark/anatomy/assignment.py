@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: No length is divided by less.
+TINY = 1e-30
+
 
 def nearest(own: Tensor, reference: Tensor) -> Tensor:
     """π with Σ_i ⟨reference[i], own[π(i)]⟩ greatest, for rows (n, features) of float32."""
+    # A row longer than any there (a unit that never fires may hold anything) is cut to that length:
+    # its rounding errors would else outweigh what tells the others apart.
+    longest = reference.norm(dim=1).max()
+    own = own * (longest / own.norm(dim=1, keepdim=True).clamp_min(TINY)).clamp(max=1)
     similarity = reference @ own.T
     # A constant per column changes no assignment's rank, and turns the greatest entry of a row from
     # the longest neighbour into the nearest one, which is mostly the answer already (assign).
