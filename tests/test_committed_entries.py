@@ -41,10 +41,13 @@ def test_the_published_defenses_have_entries(suite: str) -> None:
 
 @pytest.mark.parametrize("path", STANDING, ids=[place(path) for path in STANDING])
 def test_an_entry_is_sound(path: Path) -> None:
-    verdict = verify(folder.read(path), path=path)
-    # That code was edited since is no fault of the entry: a re-run says whether it matters.
+    entry = folder.read(path)
+    verdict = verify(entry, path=path)
     assert verdict.reasons == []
-    assert not [one for one in verdict.unchecked if "was made by other code" not in one]
+    # That code was edited since is no fault of the entry: a re-run says whether it matters. One
+    # that was superseded may be of an older standard attacker too.
+    if entry.stands:
+        assert not [one for one in verdict.unchecked if "was made by other code" not in one]
 
 
 @pytest.mark.parametrize("path", OLDER, ids=[place(path) for path in OLDER])
