@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from pydantic import ValidationError
 
+from attacks.auto import Auto
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.paths import write_text
 from leaderboard import strict
@@ -26,7 +27,8 @@ _DEVICE = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
 
 
 class Older(strict.Malformed):
-    """An entry of an earlier schema. It stays where it is, as history, and does not stand."""
+    """An entry of earlier rules: an earlier schema, or judged by an earlier version of the standard
+    attacker. It stays where it is, as history, and does not stand."""
 
 
 def slug(spec: str) -> str:
@@ -47,7 +49,7 @@ def parse(data: bytes, what: str) -> Entry:
     """An entry from the bytes of a file.
 
     Raises:
-        Older: made under an earlier scoring version.
+        Older: made under an earlier scoring version, or of the standard attacker.
         Malformed: no JSON a stranger may send, or not of the schema; names the first field.
     """
     found = strict.loads(data, what)
@@ -56,11 +58,13 @@ def parse(data: bytes, what: str) -> Entry:
     _current(found, what)
     try:
         # As JSON and strictly: else the text "nan" would pass for a number.
-        return Entry.model_validate_json(json.dumps(found), strict=True)
+        entry = Entry.model_validate_json(json.dumps(found), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(str(part)[:60] for part in first["loc"]) or "entry"
         raise strict.Malformed(f"{what}: {field}: {_line(first['msg'])}") from None
+    _attacked(entry, what)
+    return entry
 
 
 def _line(text: str) -> str:
@@ -85,13 +89,28 @@ def _current(found: dict[str, Any], what: str) -> None:
         raise strict.Malformed(f"{what}: schema version {shown}; this code reads {SCHEMA_VERSION}")
 
 
+def _attacked(entry: Entry, what: str) -> None:
+    """Refuse an entry that an earlier version of the standard attacker judged.
+
+    Raises:
+        Older: so it was.
+    """
+    stated = {str(c.ensemble.get("version")) for c in entry.cells if c.attack.startswith("auto")}
+    earlier = {str(number) for number in range(1, int(Auto.version))}
+    if older := sorted(stated & earlier):
+        raise Older(
+            f"{what}: made under version {older[0]} of the standard attacker, today's is "
+            f"{Auto.version}; it does not stand: run the defense again and submit that"
+        )
+
+
 def read(path: Path) -> Entry:
     """One entry from disk. Raises as :func:`parse`, and if it is no plain file."""
     return parse(strict.read(path), str(path))
 
 
 def everything(folder: Path) -> Iterator[tuple[Path, Entry]]:
-    """All entries of a folder, in the order of their paths, without those of older schemas.
+    """All entries of a folder, in the order of their paths, without those of older rules.
 
     Raises:
         Malformed: a file that is no entry, a link, or one whose place is not its own.
@@ -130,7 +149,7 @@ def misplaced(path: Path, entry: Entry) -> Iterator[str]:
 
 
 def versions(home: Path) -> Iterator[tuple[Path, Entry]]:
-    """The entries of one defense's folder, without those of older schemas. Raises as ``read``."""
+    """The entries of one defense's folder, without those of older rules. Raises as ``read``."""
     for path in sorted(home.glob("*.json")):
         try:
             found = read(path)
