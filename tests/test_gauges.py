@@ -20,6 +20,7 @@ from benchmark.anatomy.gauges import BLOCKS, KINDS, Group, align
 from benchmark.api.contracts import Defense, Victim
 from benchmark.core.errors import UsageError
 from benchmark.core.state import State, digest
+from defenses.mergebarrier_attn import MergeBarrierAttention
 from defenses.mergelock import MergeLock
 from defenses.params import PaRaMS
 
@@ -231,8 +232,9 @@ def test_aligning_forgets_the_element(name: str, seed: int) -> None:
         (PaRaMS(scaling="nonsymmetric"),),
         (MergeLock(),),
         (PaRaMS(), MergeLock()),
+        (MergeBarrierAttention(), PaRaMS()),
     ],
-    ids=["params", "params-nonsymmetric", "mergelock", "params+mergelock"],
+    ids=["params", "params-nonsymmetric", "mergelock", "params+mergelock", "mergebarrier+params"],
 )
 def test_aligning_forgets_published_locks(name: str, locks: tuple[Defense, ...]) -> None:
     """Alone, and under a draw of the whole group."""
