@@ -33,8 +33,7 @@ class SpectralClean(Attack):
     card: ClassVar[Card] = Card(
         summary="remove singular directions of τ far stronger than any of the partners'",
         fidelity="ours",
-        notes="answers additive tricks; after gauge-align also under a lock, but for what stands "
-        "along the null direction of a LayerNorm, which misleads the alignment of heads",
+        notes="answers additive tricks; after gauge-align also under a lock",
     )
     access: ClassVar[Access] = Access.WEIGHTS
 

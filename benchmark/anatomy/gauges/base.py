@@ -165,7 +165,7 @@ def middle(value: Tensor) -> Tensor:
     no text holds may carry counts for nothing.
     """
     kept = value
-    for _ in range(3):
+    for _ in range(2):
         center = kept.mean(1)
         far = (value - center[:, None]).norm(dim=0)
         kept = value[:, far <= 10 * far.median()]

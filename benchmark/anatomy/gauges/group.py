@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,14 +142,7 @@ class Group:
         of least distance, from a start that is near.
         """
         own, trail, _ = self._meet(state, anchor)
-        for gauge, element in reversed(trail):
-            gauge.move(own, gauge.inverse(element))
-        goal = _Precise(anchor)
-        for _ in range(_SWEEPS):
-            for each in self.gauges:
-                if isinstance(each, (StreamRotation, Abelian, QueryKey, ValueOutput)):
-                    each.move(own, each.closest(own, goal))
-        return own.stored()
+        return self._back(own, trail, anchor)
 
     def least(
         self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
@@ -157,15 +150,26 @@ class Group:
         """The smallest that will do of no gauges, permutations, those of the blocks and all, and
         what it finds: one that brings ``state`` as near to ``anchor`` as all do, up to ``ENOUGH``.
         """
-        whole = self.align(state, anchor)
+        own, trail, found = self._meet(state, anchor)
+        whole = self._back(own, trail, anchor)
         enough = ENOUGH * distance(whole, anchor)
         if distance(state, anchor) <= enough:
             return replace(self, gauges=()), dict(state)
-        for fewer in (self.subset(PERMUTATIONS), self.subset(BLOCKS)):
-            if fewer.gauges != self.gauges:
-                found = fewer.align(state, anchor)
-                if distance(found, anchor) <= enough:
-                    return fewer, found
+        fewer = self.subset(PERMUTATIONS)
+        renamed = _moved(state, (pair for pair in found if pair[0].kind in PERMUTATIONS))
+        if any(isinstance(gauge, StreamRotation) for gauge in self.gauges):
+            renamed = fewer.align(state, anchor)  # what was found is a rotation, not its order
+        if distance(renamed, anchor) <= enough:
+            return fewer, renamed
+        inside = self.subset(BLOCKS)
+        if inside.gauges != self.gauges:
+            start = _moved(state, (pair for pair in found if pair[0].kind in BLOCKS))
+            start = self.subset((KeyBias.kind, UnitScale.kind)).align(start, anchor)
+            # Else more than blocks was moved, and to match their units in vain takes seconds.
+            if distance(start, anchor) <= 2 * enough:
+                blocks = inside.align(start, anchor)
+                if distance(blocks, anchor) <= enough:
+                    return inside, blocks
         return self, whole
 
     def match(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Matched:
@@ -199,6 +203,19 @@ class Group:
             each.move(own, found[-1][1])
         return own, trail, found
 
+    def _back(
+        self, own: _Precise, trail: list[tuple[Abelian, Element]], anchor: Mapping[str, Tensor]
+    ) -> State:
+        """From where ``own`` met the anchor to the anchor itself, and the least distance there."""
+        for gauge, element in reversed(trail):
+            gauge.move(own, gauge.inverse(element))
+        goal = _Precise(anchor)
+        for _ in range(_SWEEPS):
+            for each in self.gauges:
+                if isinstance(each, (StreamRotation, Abelian, QueryKey, ValueOutput)):
+                    each.move(own, each.closest(own, goal))
+        return own.stored()
+
     def _matched(self) -> Iterator[Gauge]:
         """The gauges that are found by comparison, outer ones first.
 
@@ -219,9 +236,16 @@ def distance(state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> float
     """
     total = 0.0
     for key, tau in task_vector(state, anchor).items():
-        usual = float(anchor[key].double().square().mean())
-        total += float(tau.double().square().clamp(max=usual).sum())
+        usual = float(anchor[key].float().square().mean())
+        total += float(tau.float().square().clamp(max=usual).sum(dtype=torch.float64))
     return total**0.5
+
+
+def _moved(state: Mapping[str, Tensor], elements: Iterable[tuple[Gauge, Element]]) -> State:
+    out = _Precise(state)
+    for gauge, element in elements:
+        gauge.move(out, element)
+    return out.stored()
 
 
 def align(state: Mapping[str, Tensor], anchor: Mapping[str, Tensor], anatomy: Anatomy) -> State:
