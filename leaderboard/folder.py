@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock
 from pydantic import ValidationError
 
-from attacks.auto import Auto
+from benchmark.api import methods
+from benchmark.api.contracts import Ensemble
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.paths import write_text
 from leaderboard import strict
@@ -95,12 +96,13 @@ def _attacked(entry: Entry, what: str) -> None:
     Raises:
         Older: so it was.
     """
+    today = int(cast(Ensemble, methods.attack("auto").method).version)
     stated = {str(c.ensemble.get("version")) for c in entry.cells if c.attack.startswith("auto")}
-    earlier = {str(number) for number in range(1, int(Auto.version))}
+    earlier = {str(number) for number in range(1, today)}
     if older := sorted(stated & earlier):
         raise Older(
             f"{what}: made under version {older[0]} of the standard attacker, today's is "
-            f"{Auto.version}; it does not stand: run the defense again and submit that"
+            f"{today}; it does not stand: run the defense again and submit that"
         )
 
 
