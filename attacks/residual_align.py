@@ -32,5 +32,5 @@ class ResidualAlign(Attack):
     access: ClassVar[Access] = Access.WEIGHTS
 
     def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
-        group = gauges.of(knowledge.anatomy, released)
+        group = gauges.of(knowledge.anatomy, released).exact
         return group.without(gauges.BLOCKS).align(released, knowledge.base)

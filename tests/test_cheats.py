@@ -116,4 +116,5 @@ def test_other_modules_have_a_track_of_their_own_and_open_books(tmp_path: Path, 
         assert "two-faced" in row.flags
     else:
         assert seen.protection < 0.5
-        assert seen.ensemble["winner"] == "distil-merge"
+        # What copies the answers, whatever the weights are.
+        assert str(seen.ensemble["winner"]).split("+")[-1] in ("distil-merge", "trap-smooth")

@@ -114,6 +114,7 @@ def requested(browser: Any) -> list[str]:
 def test_sorts_by_header_mouse_and_keyboard(page: Any) -> None:
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
 
     before = names(page)
     title = header(page, "drop").find_element("css selector", ".dt-column-title")
@@ -130,7 +131,12 @@ def test_sorts_by_header_mouse_and_keyboard(page: Any) -> None:
     order = header(page, "weights").find_element("css selector", "[role=button]")
     page.execute_script("arguments[0].focus()", order)
     ActionChains(page).send_keys(Keys.ENTER).perform()
-    assert header(page, "weights").get_attribute("aria-sort") in ("ascending", "descending")
+    # On a busy machine the key takes a moment to arrive.
+    WebDriverWait(page, 10).until(
+        lambda page: (
+            header(page, "weights").get_attribute("aria-sort") in ("ascending", "descending")
+        )
+    )
     assert header(page, "drop").get_attribute("aria-sort") is None
 
 
