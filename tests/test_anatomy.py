@@ -71,7 +71,7 @@ def test_finds_every_block(name: str) -> None:
     assert len(anatomy.attention) == len(anatomy.mlp) + cross
     assert anatomy.qk_gauge == zoo.RESTRICTED.get(name, "general")
     state = model.state_dict()
-    kv_heads = zoo.HEADS // 2 if name in zoo.GROUPED else zoo.HEADS
+    kv_heads = 1 if name == "falcon" else zoo.HEADS // 2 if name in zoo.GROUPED else zoo.HEADS
     for block in anatomy.attention:
         assert (block.heads, block.kv_heads, block.head_dim) == (zoo.HEADS, kv_heads, 8)
         for side, linear in block.linears().items():
@@ -82,7 +82,7 @@ def test_finds_every_block(name: str) -> None:
             )
     for mlp in anatomy.mlp:
         assert mlp.up.weight.read(state).shape[1] == mlp.down.weight.read(state).shape[0] == 64
-        assert (mlp.gate is not None) == (name in (*zoo.GROUPED, "t5-gated"))
+        assert (mlp.gate is not None) == (name in zoo.GATED)
         assert mlp.activation in ACTIVATIONS
     # Every matrix of a layer belongs to a block.
     named = {

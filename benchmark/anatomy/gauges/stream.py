@@ -164,9 +164,13 @@ class StreamRotation(StreamGauge):
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         """Procrustes on embeddings and heads, which match the hidden units; then on these too.
 
-        The second is what answers where the first has fewer columns than dimensions.
+        The second is what answers where the first has fewer columns than dimensions. Biases of
+        norms that no shift moves tell the sign of the direction 1, where neither does.
         """
-        cross = torch.stack([x0 @ x.T for x, x0 in self.pairs(state, anchor)]).sum(0)
+        pairs = [*self.pairs(state, anchor)]
+        for own, goal in zip(self._biases(state), self._biases(anchor), strict=True):
+            pairs.append((directions(own), directions(goal)))
+        cross = torch.stack([x0 @ x.T for x, x0 in pairs]).sum(0)
         first = self._polar(cross)
         for segment, linears in self._units:
             own, goal = (
@@ -208,6 +212,14 @@ class StreamRotation(StreamGauge):
                 if whole(mlp.up) in segment.readers:
                     found.append((segment, (mlp.gate or mlp.up,)))
         return found
+
+    def _biases(self, state: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """β/γ of norms with a reader that has no bias, by which β is no gauge: (d, 1) each."""
+        for segment in self.stream.segments:
+            if any(reader.bias is None for reader in segment.readers):
+                for norm in segment.sources:
+                    if norm.bias is not None:
+                        yield (vector(norm.bias, state) / vector(norm.gain, state))[:, None]
 
     @staticmethod
     def _writers(segment: Segment, state: State, r: Tensor) -> None:
