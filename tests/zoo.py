@@ -347,6 +347,7 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
 NAMES: tuple[str, ...] = tuple(_MODELS)
 FAMILIES: tuple[str, ...] = (
     "bert", "distilbert", "vit", "dinov2", "clip", "open-clip", "gpt2", "t5", "qwen2", "qwen3",
+    "olmo2", "cohere", "gptj", "phi3", "falcon", "bloom",
 )  # fmt: skip
 #: The Q/K gauge group of those where it is not the general one.
 RESTRICTED = {

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from benchmark.anatomy.blocks import AttentionBlock, Channels, Linear, MLPBlock, Slot
-from benchmark.anatomy.convolutional import ROWS, towers
+from benchmark.anatomy.convolutional import towers
 from benchmark.core.errors import UsageError
 
 
@@ -29,9 +29,9 @@ from benchmark.core.errors import UsageError
 class Family:
     """One row. Names are relative to ``layer`` and lack ``.weight`` / ``.bias``.
 
-    ``q`` = ``k`` = ``v`` means one fused tensor with the three stacked in that order, or, where they
-    are ``per_head``, taking turns: the queries of a KV head, its key, its value. ``gate`` = ``up``:
-    one tensor, the gate's half first.
+    ``q`` = ``k`` = ``v`` means one fused tensor with the three stacked in that order, or, where
+    they are ``per_head``, taking turns: the queries of a KV head, its key, its value. ``gate`` =
+    ``up``: one tensor, the gate's half first.
     ``join`` stands between a name and ``weight`` or ``bias`` in the q, k and v names.
     ``classes`` are the classes of the module that owns q whose gauge group was checked.
     A row without ``up`` and ``down`` is attention alone (T5's decoders have two per block).
@@ -105,6 +105,11 @@ def _t5(name: str, up: str, gate: str | None = None) -> tuple[Family, ...]:
     )
 
 
+def _fused(name: str) -> Any:
+    """Queries, keys and values in one tensor."""
+    return dict.fromkeys("qkv", name)
+
+
 _LLAMA: Any = {
     "layer": "layers.{}",
     "q": "self_attn.q_proj",
@@ -123,7 +128,7 @@ _PROJECTIONS: Any = {
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
 }
-#: GPT-NeoX, BLOOM, Falcon: one projection, per head.
+#: GPT-NeoX, Falcon, BLOOM.
 _FUSED_HEADS: Any = {
     "up": "mlp.dense_h_to_4h",
     "down": "mlp.dense_4h_to_h",
@@ -131,8 +136,8 @@ _FUSED_HEADS: Any = {
 }
 _FALCON: Any = {
     **_FUSED_HEADS,
+    **_fused("self_attention.query_key_value"),
     "layer": "h.{}",
-    **dict.fromkeys("qkv", "self_attention.query_key_value"),
     "o": "self_attention.dense",
 }
 _BERTS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
@@ -236,8 +241,12 @@ FAMILIES: tuple[Family, ...] = (
         name="llama",
         **_LLAMA,
         classes=(
-            "LlamaAttention", "MistralAttention", "Qwen2Attention", "Gemma2Attention",
-            "GraniteAttention", "SmolLM3Attention",
+            "LlamaAttention",
+            "MistralAttention",
+            "Qwen2Attention",
+            "Gemma2Attention",
+            "GraniteAttention",
+            "SmolLM3Attention",
         ),
     ),
     Family(name="gemma", **_LLAMA, classes=("GemmaAttention",)),
@@ -264,7 +273,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="phi3",
         layer="layers.{}",
-        **dict.fromkeys("qkv", "self_attn.qkv_proj"),
+        **_fused("self_attn.qkv_proj"),
         o="self_attn.o_proj",
         gate="mlp.gate_up_proj",
         up="mlp.gate_up_proj",
@@ -298,7 +307,7 @@ FAMILIES: tuple[Family, ...] = (
         name="gpt-neox",
         **_FUSED_HEADS,
         layer="layers.{}",
-        **dict.fromkeys("qkv", "attention.query_key_value"),
+        **_fused("attention.query_key_value"),
         o="attention.dense",
         rotary=True,
         classes=("GPTNeoXAttention",),
@@ -327,7 +336,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="mpt",
         layer="blocks.{}",
-        **dict.fromkeys("qkv", "attn.Wqkv"),
+        **_fused("attn.Wqkv"),
         o="attn.out_proj",
         up="ffn.up_proj",
         down="ffn.down_proj",
@@ -335,7 +344,7 @@ FAMILIES: tuple[Family, ...] = (
         classes=("MptAttention",),
         settings=(("clip_qkv", None),),
     ),
-)  # fmt: skip
+)
 
 
 #: What lies beside the projections and is per head: ``fixed_heads`` answers for it.
@@ -362,11 +371,11 @@ def find(model: nn.Module) -> Found:
     candidates = [(family, layer) for family in FAMILIES for layer in family.layers(state)]
     convolutional = towers(model)
     if not candidates and not convolutional:
-        looked = "; ".join(f"{f.name}: {f.layer}.{f.q}{f.join}weight" for f in FAMILIES)
-        looked += "".join(f"; {type(row).__name__}: {row.mark}" for row in ROWS)
+        found = _nearest(FAMILIES, state)
+        like = f"the nearest row, {found.name!r}, wants {found.layer}.{found.q}" if found else ""
         raise UsageError(
-            f"unknown architecture {type(model).__name__}: no tensor named like ({looked}); "
-            "add a row to benchmark/anatomy/families.py"
+            f"unknown architecture {type(model).__name__}: {like or 'no row is near'}; "
+            f"add one to {__name__}"
         )
     # The first row with all of its weights speaks for an attention layer (qwen3 before llama), of
     # those that answer for its class if any does.
@@ -375,15 +384,17 @@ def find(model: nn.Module) -> Found:
         if all(layer + weight in state for weight in family.weights()):
             fits.setdefault(layer + family.q, []).append((family, layer))
     rows = {
-        query: next((fit for fit in found if not _objection(model, *fit)), found[0])
+        query: min(found, key=lambda fit: (_objection(model, *fit) != "", not _knows(model, *fit)))
         for query, found in fits.items()
     }
-    for family, layer in candidates:
-        if layer + family.q not in rows:
-            lacking = next(layer + w for w in family.weights() if layer + w not in state)
+    for query in dict.fromkeys(layer + family.q for family, layer in candidates):
+        if query not in rows:
+            alike = {family: layer for family, layer in candidates if layer + family.q == query}
+            near = _nearest(alike, state) or next(iter(alike))
+            lacking = next(w for w in near.weights() if alike[near] + w not in state)
             raise UsageError(
-                f"{type(model).__name__} looks like the family {family.name!r} but has no tensor "
-                f"{lacking!r} (another kind of block, such as a gated MLP, is not supported yet)"
+                f"{type(model).__name__} looks like {near.name!r} but has no tensor "
+                f"{alike[near] + lacking!r} (gated MLP? fused?); add a row to {__name__}"
             )
     blocks = [_read(model, state, family, layer) for family, layer in rows.values()]
     names = [family.name for family, _ in rows.values()] + [name for name, _, _ in convolutional]
@@ -394,6 +405,21 @@ def find(model: nn.Module) -> Found:
         mlp=(*mlps, *(mlp for _, found, _ in convolutional for mlp in found)),
         channels=tuple(units for _, _, found in convolutional for units in found),
     )
+
+
+def _nearest(families: Iterable[Family], names: Iterable[str]) -> Family | None:
+    """The row that shares most of its words with the tensors of a model, if any shares one."""
+
+    def words(names: Iterable[str]) -> set[str]:
+        found = {word for name in names for word in re.split(r"[._]", name)}
+        return {word for word in found - {"weight", "bias"} if not word.isdigit()}
+
+    there, shares = words(names), dict[Family, float]()
+    for family in families:
+        own = words(family.weights())
+        shares[family] = len(own & there) / len(own)
+    near = max(shares, key=lambda family: shares[family])
+    return near if shares[near] else None
 
 
 def _read(
@@ -452,7 +478,7 @@ def _read(
         strange = key.startswith(within) and key not in named and value.is_floating_point()
         if strange and not _PER_HEAD.fullmatch(key):
             raise UsageError(
-                f"{type(model).__name__} is of family {family.name!r}, whose row does not know what "
+                f"{type(model).__name__} is like {family.name!r}, whose row does not know what "
                 f"{key!r} does to attention (a norm of queries and keys?)"
             )
     if family.up is None or family.down is None:
@@ -489,22 +515,26 @@ def _owner(model: nn.Module, family: Family, layer: str) -> nn.Module:
     return model.get_submodule((layer + family.q).rpartition(".")[0])
 
 
+def _knows(model: nn.Module, family: Family, layer: str) -> bool:
+    """Whether the class of the attention is one that the row answers for."""
+    return type(_owner(model, family, layer)).__name__ in family.classes
+
+
 def _objection(model: nn.Module, family: Family, layer: str) -> str:
     """Why the row does not answer for this attention, or nothing."""
     owner = _owner(model, family, layer)
-    if type(owner).__name__ not in family.classes:
+    if not _knows(model, family, layer):
         return (
-            f"{type(model).__name__} has the tensor names of family {family.name!r}, but its "
-            f"attention class {type(owner).__name__} is none of {', '.join(family.classes)}: "
-            "check its gauge group (rotary? relative positions?) and add it to "
-            "benchmark/anatomy/families.py"
+            f"{type(model).__name__} has the tensor names of {family.name!r}, but its attention "
+            f"class {type(owner).__name__} was not checked: rotary? relative positions? "
+            f"If not, add it to {__name__}"
         )
     for name, wanted in family.settings:
         found = _setting(owner, name, _setting(model, name))
         if found != wanted:
             return (
-                f"{type(model).__name__} is of family {family.name!r}, whose gauge group was checked "
-                f"with {name}={wanted} and not with {found}"
+                f"{type(model).__name__} is like {family.name!r}, whose gauge group was checked "
+                f"with {name}={wanted}, not {found}"
             )
     return ""
 

@@ -168,8 +168,8 @@ class StreamRotation(StreamGauge):
         norms that no shift moves tell the sign of the direction 1, where neither does.
         """
         pairs = [*self.pairs(state, anchor)]
-        for own, goal in zip(self._biases(state), self._biases(anchor), strict=True):
-            pairs.append((directions(own), directions(goal)))
+        for x, x0 in zip(self._biases(state), self._biases(anchor), strict=True):
+            pairs.append((directions(x), directions(x0)))
         cross = torch.stack([x0 @ x.T for x, x0 in pairs]).sum(0)
         first = self._polar(cross)
         for segment, linears in self._units:
