@@ -243,6 +243,17 @@ def test_variants_with_another_gauge_group_are_refused(
     assert len(str(refused.value)) <= 200
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "falcon-new", "phi3", "bloom"])
+def test_what_a_fused_weight_gives_is_cut_as_its_rows_are(name: str) -> None:
+    state = zoo.state_of(zoo.tiny(name)[0])
+    x = torch.randn(5, zoo.WIDTH, generator=generator(1))
+    block = Anatomy.of(zoo.tiny(name)[0]).attention[1]
+    for side in (block.q, block.k, block.v):
+        whole = dataclasses.replace(side.weight, rows=None, every=None).read(state)
+        cut = side.weight.cut(x @ whole.T, -1).flatten(1)
+        torch.testing.assert_close(cut, x @ side.weight.read(state).T)
+
+
 def test_a_slot_of_every_so_many_rows() -> None:
     """Queries, keys and values that take turns per head: 2 heads of 1 query row, 1 key, 1 value."""
     state = {"w": torch.arange(12.0).reshape(6, 2), "b": torch.arange(6.0)}

@@ -575,12 +575,13 @@ def _rotated(attention: nn.Module, size: int) -> int | None:
 
 
 def _activation(model: nn.Module, attention: nn.Module, layer: nn.Module) -> str:
-    """The name in the configuration; open_clip has none, but a class for QuickGELU."""
+    """The name in the configuration; open_clip and BLOOM have none, but classes."""
     for config in (getattr(attention, "config", None), getattr(model, "config", None)):
         for name in (
             "hidden_act", "hidden_activation", "activation", "activation_function", "dense_act_fn",
         ):  # fmt: skip
             if isinstance(activation := getattr(config, name, None), str):
                 return activation
-    quick = any(type(module).__name__ == "QuickGELU" for module in layer.modules())
-    return "quick_gelu" if quick else "gelu"
+    named = {"QuickGELU": "quick_gelu", "BloomGelu": "gelu_pytorch_tanh"}
+    classes = (type(module).__name__ for module in layer.modules())
+    return next((named[name] for name in classes if name in named), "gelu")
