@@ -145,6 +145,14 @@ def test_every_tensor_has_its_row(name: str) -> None:
         ("llama", {"stream-rotation", "norm-gain"}, {"null-direction", "norm-shift", "constant"}),
         ("qwen3", {"qk-gain", "qk-length"}, {"key-bias"}),
         ("gemma3", {"qk-gain", "stream-scale"}, {"stream-rotation"}),
+        # No norm before its blocks, one behind each: their gains stand on the path.
+        ("olmo2", {"qk-gain", "qk-length", "norm-scale"}, {"stream-rotation"}),
+        # Rows that are not rotated have the general gauge, and a free key bias.
+        ("phi", {"key-bias", "norm-shift", "stream-rotation"}, set()),
+        ("phi3", {"stream-rotation"}, {"key-bias"}),
+        ("cohere", {"null-direction", "heads"}, {"norm-shift", "stream-rotation"}),
+        ("bloom", {"key-bias", "norm-scale"}, {"heads"}),
+        ("falcon", {"constant"}, {"heads"}),
         ("resnet", {"batch-norm", "units", "unit-scale"}, {"norm-gain"}),
         ("convnext", {"layer-scale", "norm-gain", "constant"}, {"stream-permutation"}),
     ],

@@ -147,6 +147,9 @@ def write_sides(
     elif block.free_key_bias:
         block.write(state, "k", torch.cat([y, block.read(state, "k")[..., -1:]], 2))
     else:
+        y = y.clone()
+        free = block.free_rows.to(y.device)
+        y[:, free, -1] = block.read(state, "k")[:, free, -1]
         block.write(state, "k", y)
 
 
@@ -274,6 +277,7 @@ def _queries(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:
 def _keys(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:
     """Key rows, without their bias where that is a gauge of its own: (kv_heads, 1, dh, m)."""
     keys = block.read(state, "k")[:, None]
+    keys[:, :, block.free_rows.to(keys.device), -1] = 0
     return keys[..., :-1] if block.free_key_bias else keys
 
 

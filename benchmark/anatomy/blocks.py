@@ -187,7 +187,12 @@ class AttentionBlock:
     def free_key_bias(self) -> bool:
         """Whether the key bias is a gauge of its own: it adds one number to all logits of a query,
         which softmax ignores. Not so when keys are rotated or normalised after it."""
-        return not self.rotary and self.qk_norm is None
+        return not self.turning and self.qk_norm is None
+
+    @property
+    def free_rows(self) -> Tensor:
+        """The rows of a head whose key bias is free: all, none, or those that are not rotated."""
+        return (torch.arange(self.head_dim) >= self.turning) & (self.qk_norm is None)
 
     def linears(self) -> dict[str, Linear]:
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}

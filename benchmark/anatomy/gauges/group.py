@@ -265,7 +265,7 @@ def _inside(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
             yield HeadOrder(where, block)
         yield QueryKey(where, block)
         yield ValueOutput(where, block)
-        if block.k.bias is not None and block.free_key_bias:
+        if block.k.bias is not None and bool(block.free_rows.any()):
             yield KeyBias(where, block)
         if block.v.bias is not None and block.o.bias is not None:
             yield ValueShift(where, block)
