@@ -9,8 +9,9 @@ published. Reconstruction: A = G·D·Π, G Gaussian, D = diag(s) with s log-unif
 random permutation, redrawn until cond(A) ≤ 30·dh (one draw in four to eight passes at dh = 32 to
 128). The bound is on A, not on G alone: stored in float32 a lock loses up to cond(A) · 6e-8 of the
 logits; a fixed 1e4 cost tiny heads up to 6e-4. On rotary models and under QK-norm, A is cut down to
-the architecture's gauge group (:func:`benchmark.anatomy.within`). The MLP is untouched. The random
-state is the key: :meth:`MergeLock.unlock` replays the draws and inverts them.
+the architecture's gauge group (:func:`benchmark.anatomy.within`), and where a part of each head is
+not rotated the bound is on what is left of A there too. The MLP is untouched. The random state is
+the key: :meth:`MergeLock.unlock` replays the draws and inverts them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy, AttentionBlock, apply_qk, apply_vo, within
+from benchmark.anatomy.gauge import parted
 from benchmark.api.contracts import Card, Defense, Victim
 from benchmark.core.state import State
 from defenses import draws
@@ -93,13 +95,16 @@ class MergeLock(AdapterOnly, Defense):
         heads, size = block.kv_heads, block.head_dim
         if self.kind == "orthogonal":
             return draws.orthogonal(heads, size, rng)
-        return torch.stack([self._matrix(size, rng) for _ in range(heads)])
+        return torch.stack([self._matrix(block, rng) for _ in range(heads)])
 
-    def _matrix(self, size: int, rng: torch.Generator) -> Tensor:
+    def _matrix(self, block: AttentionBlock, rng: torch.Generator) -> Tensor:
+        size = block.head_dim
         while True:
             a = draws.gaussian((size, size), rng)
             if self.kind == "full":
                 a = a * draws.log_uniform((1, size), 0.1, 10.0, rng)
                 a = a[:, torch.randperm(size, generator=rng)]
-            if torch.linalg.cond(a) <= _WORST_CONDITION * size:
+            _, free = parted(block, a[None])
+            parts = (part for part in (a, *free) if len(part))
+            if all(torch.linalg.cond(part) <= _WORST_CONDITION * len(part) for part in parts):
                 return a

@@ -71,7 +71,7 @@ def test_finds_every_block(name: str) -> None:
     assert len(anatomy.attention) == len(anatomy.mlp) + cross
     assert anatomy.qk_gauge == zoo.RESTRICTED.get(name, "general")
     state = model.state_dict()
-    kv_heads = zoo.HEADS // 2 if name in zoo.GROUPED else zoo.HEADS
+    kv_heads = 1 if name == "falcon" else zoo.HEADS // 2 if name in zoo.GROUPED else zoo.HEADS
     for block in anatomy.attention:
         assert (block.heads, block.kv_heads, block.head_dim) == (zoo.HEADS, kv_heads, 8)
         for side, linear in block.linears().items():
@@ -82,7 +82,7 @@ def test_finds_every_block(name: str) -> None:
             )
     for mlp in anatomy.mlp:
         assert mlp.up.weight.read(state).shape[1] == mlp.down.weight.read(state).shape[0] == 64
-        assert (mlp.gate is not None) == (name in (*zoo.GROUPED, "t5-gated"))
+        assert (mlp.gate is not None) == (name in zoo.GATED)
         assert mlp.activation in ACTIVATIONS
     # Every matrix of a layer belongs to a block.
     named = {
@@ -206,8 +206,65 @@ def test_key_bias_is_a_gauge_of_its_own() -> None:
 
 
 def test_unknown_architecture_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"unknown architecture Sequential.*encoder\.layer\.\{\}"):
+    with pytest.raises(UsageError, match=r"^unknown architecture Sequential: no row is near; add"):
         Anatomy.of(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_refusal_is_short_and_names_the_nearest_row() -> None:
+    from transformers import BlenderbotConfig, BlenderbotForCausalLM, XLNetConfig, XLNetModel
+
+    blenderbot = BlenderbotConfig(
+        vocab_size=30, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16
+    )
+    xlnet = XLNetConfig(vocab_size=30, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    for model, near in ((BlenderbotForCausalLM(blenderbot), "'opt'"), (XLNetModel(xlnet), "row")):
+        with pytest.raises(UsageError, match=near) as refused:
+            Anatomy.of(model)
+        assert len(str(refused.value)) <= 200
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("StableLm", {"qk_layernorm": True}, r"q_layernorm.* does to attention"),
+        ("Phi", {"qk_layernorm": True}, r"q_layernorm.* does to attention"),
+        ("Cohere", {"use_qk_norm": True}, r"q_norm.* does to attention"),
+        ("OPT", {"do_layer_norm_before": False}, "checked with do_layer_norm_before=True"),
+        ("Bloom", {"apply_residual_connection_post_layernorm": True}, "checked with apply_resid"),
+    ],
+)
+def test_variants_with_another_gauge_group_are_refused(
+    name: str, fields: dict[str, object], said: str
+) -> None:
+    build = zoo._older if name == "Bloom" else zoo._plain
+    with pytest.raises(UsageError, match=said) as refused:
+        Anatomy.of(build(name, **fields))
+    assert len(str(refused.value)) <= 200
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "falcon-new", "phi3", "bloom"])
+def test_what_a_fused_weight_gives_is_cut_as_its_rows_are(name: str) -> None:
+    state = zoo.state_of(zoo.tiny(name)[0])
+    x = torch.randn(5, zoo.WIDTH, generator=generator(1))
+    block = Anatomy.of(zoo.tiny(name)[0]).attention[1]
+    for side in (block.q, block.k, block.v):
+        whole = dataclasses.replace(side.weight, rows=None, every=None).read(state)
+        cut = side.weight.cut(x @ whole.T, -1).flatten(1)
+        torch.testing.assert_close(cut, x @ side.weight.read(state).T)
+
+
+def test_a_slot_of_every_so_many_rows() -> None:
+    """Queries, keys and values that take turns per head: 2 heads of 1 query row, 1 key, 1 value."""
+    state = {"w": torch.arange(12.0).reshape(6, 2), "b": torch.arange(6.0)}
+    weight, bias = Slot("w", (1, 2), every=3), Slot("b", (1, 2), every=3)
+    assert weight.read(state).tolist() == [[2, 3], [8, 9]]
+    assert bias.read(state).tolist() == [1, 4]
+    out = dict(state)
+    weight.write(out, torch.zeros(2, 2))
+    assert out["w"].flatten().tolist() == [0, 1, 0, 0, 4, 5, 6, 7, 0, 0, 10, 11]
+    assert torch.equal(state["w"], torch.arange(12.0).reshape(6, 2))
+    assert weight.cut(torch.arange(6.0)[None], -1).tolist() == [[[1], [4]]]
 
 
 def test_gated_mlp_of_dinov2_is_refused() -> None:
@@ -238,7 +295,7 @@ def test_rotary_model_with_the_names_of_bert_is_refused() -> None:
         intermediate_size=16,
         position_embedding_type="rotary",
     )
-    with pytest.raises(UsageError, match="EsmSelfAttention is none of BertSelfAttention"):
+    with pytest.raises(UsageError, match="class EsmSelfAttention was not checked"):
         Anatomy.of(EsmModel(config))
 
 
@@ -414,6 +471,38 @@ def test_within_is_a_projection_onto_what_commutes_with_rotations(seed: int) -> 
     signs = within(dataclasses.replace(block, qk_norm=(Slot("g"), Slot("h"))), a)
     assert torch.equal(signs.abs(), torch.eye(4, dtype=a.dtype).expand(3, -1, -1))
     assert torch.equal(signs @ rotation, rotation @ signs)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@quick
+@given(seed=seeds)
+def test_within_leaves_rows_that_are_not_rotated_alone(interleaved: bool, seed: int) -> None:
+    """Against a rotation written down by hand: of rows 0 and 1, and so in either layout."""
+    rng = generator(seed)
+    block = dataclasses.replace(
+        grouped()[0], rotary=True, rotated=2, interleaved=interleaved, head_dim=4
+    )
+    a = invertible(3, 4, rng)
+    cut = within(block, a)
+    torch.testing.assert_close(within(block, cut), cut)
+    torch.testing.assert_close(within(block, a - cut), torch.zeros_like(a))
+    angle = torch.rand((), generator=rng, dtype=torch.float64) * 6
+    rotation = torch.eye(4, dtype=torch.float64)
+    rotation[:2, :2] = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+    torch.testing.assert_close(cut @ rotation, rotation @ cut)
+    assert torch.equal(cut[:, 2:, 2:], a[:, 2:, 2:])
+
+
+@quick
+@given(seed=seeds)
+def test_interleaved_pairs_are_neighbours(seed: int) -> None:
+    rng = generator(seed)
+    block = dataclasses.replace(grouped()[0], rotary=True, interleaved=True)
+    cut = within(block, invertible(3, 4, rng))
+    first, second = torch.rand(2, generator=rng, dtype=torch.float64) * 6
+    turns = [torch.stack([t.cos(), -t.sin(), t.sin(), t.cos()]).view(2, 2) for t in (first, second)]
+    rotation = torch.block_diag(*turns)
+    torch.testing.assert_close(cut @ rotation, rotation @ cut)
 
 
 @quick

@@ -47,6 +47,9 @@ ROTARY = {
     "params+mergelock": "rotary",
 }
 
+#: And of one on heads that rotate only a part of their rows: among the others, the lock itself.
+PARTLY = {"params(perm=random, scaling=symmetric)": "rotary", "mergebarrier-attn": "orthogonal"}
+
 
 def protected(spec: str, state: State, base: State, anatomy: Anatomy) -> State:
     return defense(spec).method.protect(owner(base, state, anatomy), generator(0))
@@ -62,7 +65,8 @@ def test_every_lock_is_named(name: str, spec: str) -> None:
     found = diagnose(released, base, anatomy)
     qk, vo, permuted = LOCKS[spec]
     if anatomy.qk_gauge == "rotary":
-        qk = ROTARY.get(spec, qk)
+        partly = any(block.turning < block.head_dim for block in anatomy.attention)
+        qk = {**ROTARY, **(PARTLY if partly else {})}.get(spec, qk)
     if anatomy.qk_gauge == "sign":
         assert found.qk in ("none", "signs")  # a draw of plus signs only is no lock
     else:

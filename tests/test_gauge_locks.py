@@ -54,6 +54,8 @@ def test_what_moves_is_where_it_says(family: str) -> None:
     blocks = FullGauge(gauges.BLOCKS).protect(victim(family), generator(3))
     inside = {slot.key for block in anatomy.attention for part in block.linears().values()
               for slot in part.slots()}  # fmt: skip
+    inside |= {slot.key for block in anatomy.attention if block.whole_norm
+               for slot in block.qk_norm or ()}  # fmt: skip
     inside |= {axis.slot.key for mlp in anatomy.mlp for axis in mlp.axes}
     assert set(task_vector(blocks, expert)) <= inside
     # The residual axis has both its ends in the State only where there is a head.

@@ -13,6 +13,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from zoo import TOLERANCE, generator
 
 from benchmark.anatomy import Anatomy, gauges
@@ -80,7 +81,30 @@ def ideal(name: str, dtype: torch.dtype) -> nn.Module:
             module.forward = functools.partial(rms_norm, module, offset)  # type: ignore[method-assign]
         elif hasattr(module, "eps") and not isinstance(module, nn.BatchNorm2d):
             module.eps = 0.0
+        elif hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.0
+    if dtype == torch.float64:
+        model.forward = functools.partial(precisely, model.forward)  # type: ignore[method-assign]
     return model
+
+
+class Doubled(TorchFunctionMode):
+    """Whatever asks for float32 gets float64: softmax, rotations and norms of transformers do."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        named = {key: wide(value) for key, value in (kwargs or {}).items()}
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(wide, args), **named)
+
+
+def precisely(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with Doubled():
+        return forward(*args, **kwargs)
 
 
 def rms_norm(module: Any, offset: float, x: Tensor) -> Tensor:
@@ -121,6 +145,14 @@ def test_every_tensor_has_its_row(name: str) -> None:
         ("llama", {"stream-rotation", "norm-gain"}, {"null-direction", "norm-shift", "constant"}),
         ("qwen3", {"qk-gain", "qk-length"}, {"key-bias"}),
         ("gemma3", {"qk-gain", "stream-scale"}, {"stream-rotation"}),
+        # No norm before its blocks, one behind each: their gains stand on the path.
+        ("olmo2", {"qk-gain", "qk-length", "norm-scale"}, {"stream-rotation"}),
+        # Rows that are not rotated have the general gauge, and a free key bias.
+        ("phi", {"key-bias", "norm-shift", "stream-rotation"}, set()),
+        ("phi3", {"stream-rotation"}, {"key-bias"}),
+        ("cohere", {"null-direction", "heads"}, {"norm-shift", "stream-rotation"}),
+        ("bloom", {"key-bias", "norm-scale"}, {"heads"}),
+        ("falcon", {"constant"}, {"heads"}),
         ("resnet", {"batch-norm", "units", "unit-scale"}, {"norm-gain"}),
         ("convnext", {"layer-scale", "norm-gain", "constant"}, {"stream-permutation"}),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from zoo import FAMILIES, outputs, state_of, tiny
+from zoo import NAMES, outputs, state_of, tiny
 
 from benchmark.anatomy import Anatomy, Linear, MLPBlock, Slot, taps
 from benchmark.core.errors import MethodError
@@ -23,7 +23,7 @@ def applied(linear: Linear, state: Mapping[str, Tensor], inputs: Tensor) -> Tens
     return out if linear.bias is None else out + linear.bias.read(state)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_inputs_are_those_of_the_layers(name: str) -> None:
     """What enters down is what the recorded input of up and gate makes, recomputed by hand."""
     model, inputs = tiny(name)
@@ -83,7 +83,7 @@ def test_names_that_are_not_there() -> None:
         seen[key]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_replacing_what_enters_down(name: str) -> None:
     model, inputs = tiny(name)
     state = state_of(model)

@@ -27,7 +27,7 @@ from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Suite, load
 
 MERGERS = ("emr", "smile", "smile(route=linear)", "ensemble")
-ARCHITECTURES = ("bert", "vit", "gpt2", "llama")
+ARCHITECTURES = ("bert", "vit", "gpt2", "llama", "gpt-neox", "phi3")
 
 
 def run(name: str, state: State, inputs: Mapping[str, Tensor]) -> Tensor:

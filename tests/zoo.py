@@ -163,7 +163,21 @@ def _decoder(name: str, **fields: object) -> nn.Module:
     config = getattr(transformers, f"{name}TextConfig", None)
     config = config or getattr(transformers, f"{name}Config")
     model = getattr(transformers, f"{name}ForCausalLM")
-    return model(config(**_DECODER, **fields))  # type: ignore[no-any-return]
+    return model(config(**{**_DECODER, **fields}))  # type: ignore[no-any-return]
+
+
+def _plain(name: str, **fields: object) -> nn.Module:
+    """The same with as many KV heads as heads, or those that ``fields`` say."""
+    return _decoder(name, **{"num_key_value_heads": HEADS, **fields})
+
+
+def _older(name: str, **fields: object) -> nn.Module:
+    """A causal language model whose configuration has names of its own."""
+    import transformers
+
+    config, model = (getattr(transformers, f"{name}{part}") for part in ("Config", "ForCausalLM"))
+    named = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3}
+    return model(config(**named, **fields))  # type: ignore[no-any-return]
 
 
 def _convnext(v2: bool = False, bare: bool = False) -> nn.Module:
@@ -249,6 +263,13 @@ _CONVOLUTIONAL: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
 #: Models with channels, most of them without attention.
 CONVOLUTIONAL: tuple[str, ...] = tuple(_CONVOLUTIONAL)
 
+_PARTIAL = {"partial_rotary_factor": 0.5}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
 _HEAD_DIM = {"head_dim": WIDTH // HEADS}
 _TOKENS = ("input_ids", "attention_mask")
 _MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
@@ -271,18 +292,76 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "qwen3": (functools.partial(_decoder, "Qwen3", **_HEAD_DIM), _TOKENS),
     "gemma2": (functools.partial(_decoder, "Gemma2", **_HEAD_DIM), _TOKENS),
     "gemma3": (functools.partial(_decoder, "Gemma3", **_HEAD_DIM), _TOKENS),
-}
+    "gemma": (functools.partial(_decoder, "Gemma", **_HEAD_DIM), _TOKENS),
+    "starcoder2": (functools.partial(_decoder, "Starcoder2"), _TOKENS),
+    "granite": (functools.partial(_decoder, "Granite", **_MULTIPLIERS), _TOKENS),
+    "olmo2": (functools.partial(_decoder, "Olmo2"), _TOKENS),
+    "stablelm": (functools.partial(_decoder, "StableLm", use_qkv_bias=True, **_PARTIAL), _TOKENS),
+    "stablelm-parallel": (
+        functools.partial(_decoder, "StableLm", use_parallel_residual=True, **_PARTIAL),
+        _TOKENS,
+    ),
+    "smollm3": (functools.partial(_decoder, "SmolLM3", no_rope_layers=[1, 0]), _TOKENS),
+    "cohere": (functools.partial(_decoder, "Cohere"), _TOKENS),
+    "phi": (functools.partial(_plain, "Phi", **_PARTIAL), _TOKENS),
+    "opt": (
+        functools.partial(_plain, "OPT", ffn_dim=HIDDEN, word_embed_proj_dim=WIDTH),
+        _TOKENS,
+    ),
+    "gptj": (
+        functools.partial(
+            _older, "GPTJ", n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS, n_inner=HIDDEN,
+            n_positions=16, rotary_dim=4,
+        ),
+        _TOKENS,
+    ),
+    "gpt-neox": (functools.partial(_plain, "GPTNeoX", rotary_pct=0.5), _TOKENS),
+    "phi3": (functools.partial(_decoder, "Phi3", **_PARTIAL), _TOKENS),
+    "falcon": (functools.partial(_plain, "Falcon", ffn_hidden_size=HIDDEN), _TOKENS),
+    "falcon-new": (
+        functools.partial(
+            _plain, "Falcon", ffn_hidden_size=HIDDEN, new_decoder_architecture=True,
+            num_kv_heads=HEADS // 2,
+        ),
+        _TOKENS,
+    ),
+    "falcon-alibi": (
+        functools.partial(
+            _plain, "Falcon", ffn_hidden_size=HIDDEN, alibi=True, bias=True, multi_query=False,
+            parallel_attn=False,
+        ),
+        _TOKENS,
+    ),
+    "bloom": (
+        functools.partial(_older, "Bloom", hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS),
+        _TOKENS,
+    ),
+    "mpt": (
+        functools.partial(
+            _older, "Mpt", d_model=WIDTH, n_heads=HEADS, n_layers=LAYERS, max_seq_len=16,
+        ),
+        _TOKENS,
+    ),
+}  # fmt: skip
 #: Every model, and one model per family (the rest differ in their prefixes only).
 NAMES: tuple[str, ...] = tuple(_MODELS)
 FAMILIES: tuple[str, ...] = (
     "bert", "distilbert", "vit", "dinov2", "clip", "open-clip", "gpt2", "t5", "qwen2", "qwen3",
+    "olmo2", "cohere", "gptj", "phi3", "falcon", "bloom",
 )  # fmt: skip
 #: The Q/K gauge group of those where it is not the general one.
 RESTRICTED = {
     "llama": "rotary", "mistral": "rotary", "qwen2": "rotary", "gemma2": "rotary",
     "qwen3": "sign", "gemma3": "sign",
+    "gemma": "rotary", "starcoder2": "rotary", "granite": "rotary", "olmo2": "sign",
+    "stablelm": "rotary", "stablelm-parallel": "rotary", "smollm3": "rotary", "cohere": "rotary",
+    "phi": "rotary", "gptj": "rotary", "gpt-neox": "rotary", "phi3": "rotary",
+    "falcon": "rotary", "falcon-new": "rotary",
 }  # fmt: skip
-GROUPED = tuple(RESTRICTED)
+#: Those with fewer KV heads than heads: half as many, but one in the multi-query ``falcon``.
+GROUPED = tuple({*RESTRICTED} - {"phi", "gptj", "gpt-neox", "falcon"})
+#: Those with a gated MLP.
+GATED = (*({*GROUPED} - {"starcoder2", "falcon-new"}), "t5-gated")
 
 
 def _examples(rng: torch.Generator, size: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmark.anatomy.assignment import assign, nearest
 from benchmark.anatomy.blocks import AttentionBlock, Channels, MLPBlock
 from benchmark.anatomy.coupled import match_coupled
-from benchmark.anatomy.gauge import permute_units, rotary_matrix, within
+from benchmark.anatomy.gauge import joined, permute_units, rotary_matrix, within
 from benchmark.anatomy.whole import Anatomy
 from benchmark.core.state import State
 
@@ -103,7 +103,13 @@ def qk_gauge(
     if block.qk_gauge == "general":
         return tied_gauge(x, x0, y, y0)
     if block.qk_gauge == "rotary":
-        return rotary_gauge(x, x0, y, y0)
+        order = block.order.to(x.device)
+        turning, rest = zip(
+            *(side[:, order].tensor_split([block.turning], 1) for side in (x, x0, y, y0)),
+            strict=True,
+        )
+        free = tied_gauge(*rest) if rest[0].shape[1] else x.new_zeros(len(x), 0, 0)
+        return joined(block, rotary_gauge(*turning), free)
     # A sign per dimension or per pair: that of the inner products with the anchor.
     return within(block, torch.diag_embed((x * x0).sum(2) + (y * y0).sum(2)))
 
@@ -141,6 +147,9 @@ def write_sides(
     elif block.free_key_bias:
         block.write(state, "k", torch.cat([y, block.read(state, "k")[..., -1:]], 2))
     else:
+        y = y.clone()
+        free = block.free_rows.to(y.device)
+        y[:, free, -1] = block.read(state, "k")[:, free, -1]
         block.write(state, "k", y)
 
 
@@ -268,6 +277,7 @@ def _queries(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:
 def _keys(block: AttentionBlock, state: Mapping[str, Tensor]) -> Tensor:
     """Key rows, without their bias where that is a gauge of its own: (kv_heads, 1, dh, m)."""
     keys = block.read(state, "k")[:, None]
+    keys[:, :, block.free_rows.to(keys.device), -1] = 0
     return keys[..., :-1] if block.free_key_bias else keys
 
 

@@ -21,18 +21,32 @@ Gauge = Literal["general", "rotary", "sign"]
 
 @dataclass(frozen=True)
 class Slot:
-    """Part of one tensor of a State: ``rows`` of its output axis, seen with output units first."""
+    """Part of one tensor of a State: ``rows`` of its output axis, seen with output units first.
+
+    ``every``: those rows of every so many, as where queries, keys and values take turns per head.
+    """
 
     key: str
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    every: int | None = None
+
+    def cut(self, value: Tensor, dim: Literal[0, -1] = 0) -> Tensor:
+        """The slot's part of the output units, which lie along ``dim``: a view, of one axis more
+        where there is an ``every``."""
+        if self.rows is None:
+            return value
+        if self.every is not None:
+            value = value.unflatten(dim, (-1, self.every))
+        axis = 1 if self.every is not None and dim == 0 else dim
+        return value.narrow(axis, self.rows[0], self.rows[1] - self.rows[0])
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The slot as a view: (out, in) for a weight, (out, in, kh, kw) for that of a convolution,
-        (out,) for a bias."""
+        """(out, in) for a weight, (out, in, kh, kw) for that of a convolution, (out,) for a bias:
+        a view, but for a slot with an ``every``."""
         value = state[self.key]
-        value = value.T if self.transposed else value
-        return value if self.rows is None else value[slice(*self.rows)]
+        value = self.cut(value.T if self.transposed else value)
+        return value if self.every is None else value.flatten(0, 1)
 
     def write(self, state: State, value: Tensor) -> None:
         """Replace the slot in ``state``. The tensor that was there is never written to."""
@@ -42,7 +56,8 @@ class Slot:
             state[self.key] = fresh.to(old.dtype).contiguous().reshape(old.shape)
         else:
             fresh = old.clone()
-            self.read({self.key: fresh}).copy_(value)
+            part = self.cut(fresh.T if self.transposed else fresh)
+            part.copy_(value.reshape(part.shape))
             state[self.key] = fresh
 
 
@@ -119,8 +134,11 @@ class AttentionBlock:
 
     ``q`` has ``heads·head_dim`` rows, ``k`` and ``v`` have ``kv_heads·head_dim``, ``o`` has
     ``heads·head_dim`` columns. ``rotary`` and ``qk_norm`` restrict the Q/K gauge group (METHODS 1).
+    ``rotated``: so many rows of each head, the first ones, are rotated (None: all); the others are
+    free among themselves. ``interleaved``: rotary pairs are (i, i + 1), not (i, i + rotated/2).
+    ``whole_norm``: the QK-norm is over all heads together, with a gain for every row.
     ``fixed_heads``: something outside the block is per head (T5's relative positions, shared by all
-    layers), so that heads cannot trade places.
+    layers; the slopes of ALiBi), so that heads cannot trade places.
     """
 
     q: Linear
@@ -133,11 +151,30 @@ class AttentionBlock:
     rotary: bool = False
     qk_norm: tuple[Slot, Slot] | None = None
     fixed_heads: bool = False
+    rotated: int | None = None
+    interleaved: bool = False
+    whole_norm: bool = False
 
     @property
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
+
+    @property
+    def turning(self) -> int:
+        """How many rows of each head are rotated."""
+        if not self.rotary:
+            return 0
+        return self.head_dim if self.rotated is None else self.rotated
+
+    @property
+    def order(self) -> Tensor:
+        """The rows of a head: the first of each rotary pair, the second of each, the rest."""
+        rows = torch.arange(self.head_dim)
+        if not self.interleaved:
+            return rows
+        turning, rest = rows.split((self.turning, self.head_dim - self.turning))
+        return torch.cat([turning[::2], turning[1::2], rest])
 
     @property
     def qk_gauge(self) -> Gauge:
@@ -150,7 +187,12 @@ class AttentionBlock:
     def free_key_bias(self) -> bool:
         """Whether the key bias is a gauge of its own: it adds one number to all logits of a query,
         which softmax ignores. Not so when keys are rotated or normalised after it."""
-        return not self.rotary and self.qk_norm is None
+        return not self.turning and self.qk_norm is None
+
+    @property
+    def free_rows(self) -> Tensor:
+        """The rows of a head whose key bias is free: all, none, or those that are not rotated."""
+        return (torch.arange(self.head_dim) >= self.turning) & (self.qk_norm is None)
 
     def linears(self) -> dict[str, Linear]:
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}

@@ -280,8 +280,10 @@ def _outliers(left: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> tuple[s
 def _without_key_biases(state: Mapping[str, Tensor], anatomy: Anatomy) -> State:
     out = dict(state)
     for block in anatomy.attention:
-        if block.k.bias is not None and block.free_key_bias:
-            block.k.bias.write(out, torch.zeros_like(block.k.bias.read(out)))
+        if block.k.bias is not None:
+            bias = block.k.bias.read(out)
+            free = block.free_rows.to(bias.device).repeat(block.kv_heads)
+            block.k.bias.write(out, bias.masked_fill(free, 0))
     return out
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from benchmark.anatomy.blocks import AttentionBlock, Channels, Linear, MLPBlock, Slot
-from benchmark.anatomy.convolutional import ROWS, towers
+from benchmark.anatomy.convolutional import towers
 from benchmark.core.errors import UsageError
 
 
@@ -29,11 +29,14 @@ from benchmark.core.errors import UsageError
 class Family:
     """One row. Names are relative to ``layer`` and lack ``.weight`` / ``.bias``.
 
-    ``q`` = ``k`` = ``v`` means one fused tensor with the three stacked in that order.
+    ``q`` = ``k`` = ``v`` means one fused tensor with the three stacked in that order, or, where
+    they are ``per_head``, taking turns: the queries of a KV head, its key, its value. ``gate`` =
+    ``up``: one tensor, the gate's half first.
     ``join`` stands between a name and ``weight`` or ``bias`` in the q, k and v names.
     ``classes`` are the classes of the module that owns q whose gauge group was checked.
     A row without ``up`` and ``down`` is attention alone (T5's decoders have two per block).
-    ``gate`` is the activated branch of a gated MLP. ``qk_norm``: the gains of Q's and K's norm.
+    ``gate`` is the activated branch of a gated MLP. ``qk_norm``: the gains of Q's and K's norm, per
+    head or (``whole_norm``) over all of them. ``settings``: what the configuration must say.
     """
 
     name: str
@@ -51,6 +54,10 @@ class Family:
     transposed: bool = False
     rotary: bool = False
     fixed_heads: bool = False
+    interleaved: bool = False
+    whole_norm: bool = False
+    per_head: bool = False
+    settings: tuple[tuple[str, object], ...] = ()
 
     def layers(self, names: Iterable[str]) -> list[str]:
         """``encoder.layer.0.``, ``encoder.layer.1.``, … with their prefixes, in order."""
@@ -98,6 +105,11 @@ def _t5(name: str, up: str, gate: str | None = None) -> tuple[Family, ...]:
     )
 
 
+def _fused(name: str) -> Any:
+    """Queries, keys and values in one tensor."""
+    return dict.fromkeys("qkv", name)
+
+
 _LLAMA: Any = {
     "layer": "layers.{}",
     "q": "self_attn.q_proj",
@@ -108,6 +120,25 @@ _LLAMA: Any = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
     "rotary": True,
+}
+#: Separate projections with these names, and a plain MLP.
+_PROJECTIONS: Any = {
+    "layer": "layers.{}",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+}
+#: GPT-NeoX, Falcon, BLOOM.
+_FUSED_HEADS: Any = {
+    "up": "mlp.dense_h_to_4h",
+    "down": "mlp.dense_4h_to_h",
+    "per_head": True,
+}
+_FALCON: Any = {
+    **_FUSED_HEADS,
+    **_fused("self_attention.query_key_value"),
+    "layer": "h.{}",
+    "o": "self_attention.dense",
 }
 _BERTS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
 
@@ -200,11 +231,124 @@ FAMILIES: tuple[Family, ...] = (
         classes=("Qwen3Attention", "Gemma3Attention"),
     ),
     Family(
+        name="olmo2",
+        **_LLAMA,
+        qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
+        whole_norm=True,
+        classes=("Olmo2Attention",),
+    ),
+    Family(
         name="llama",
         **_LLAMA,
-        classes=("LlamaAttention", "MistralAttention", "Qwen2Attention", "Gemma2Attention"),
+        classes=(
+            "LlamaAttention",
+            "MistralAttention",
+            "Qwen2Attention",
+            "Gemma2Attention",
+            "GraniteAttention",
+            "SmolLM3Attention",
+        ),
+    ),
+    Family(name="gemma", **_LLAMA, classes=("GemmaAttention",)),
+    Family(name="stablelm", **_LLAMA, classes=("StableLmAttention",)),
+    Family(name="cohere", **_LLAMA, interleaved=True, classes=("CohereAttention",)),
+    Family(
+        name="starcoder2",
+        **_PROJECTIONS,
+        o="self_attn.o_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        rotary=True,
+        classes=("Starcoder2Attention",),
+    ),
+    Family(
+        name="phi",
+        **_PROJECTIONS,
+        o="self_attn.dense",
+        up="mlp.fc1",
+        down="mlp.fc2",
+        rotary=True,
+        classes=("PhiAttention",),
+    ),
+    Family(
+        name="phi3",
+        layer="layers.{}",
+        **_fused("self_attn.qkv_proj"),
+        o="self_attn.o_proj",
+        gate="mlp.gate_up_proj",
+        up="mlp.gate_up_proj",
+        down="mlp.down_proj",
+        rotary=True,
+        classes=("Phi3Attention",),
+    ),
+    Family(
+        name="opt",
+        **_PROJECTIONS,
+        o="self_attn.out_proj",
+        up="fc1",
+        down="fc2",
+        classes=("OPTAttention",),
+        settings=(("do_layer_norm_before", True),),
+    ),
+    Family(
+        name="gptj",
+        layer="h.{}",
+        q="attn.q_proj",
+        k="attn.k_proj",
+        v="attn.v_proj",
+        o="attn.out_proj",
+        up="mlp.fc_in",
+        down="mlp.fc_out",
+        rotary=True,
+        interleaved=True,
+        classes=("GPTJAttention",),
+    ),
+    Family(
+        name="gpt-neox",
+        **_FUSED_HEADS,
+        layer="layers.{}",
+        **_fused("attention.query_key_value"),
+        o="attention.dense",
+        rotary=True,
+        classes=("GPTNeoXAttention",),
+    ),
+    Family(
+        name="falcon",
+        **_FALCON,
+        rotary=True,
+        classes=("FalconAttention",),
+        settings=(("alibi", False),),
+    ),
+    Family(
+        name="falcon-alibi",
+        **_FALCON,
+        fixed_heads=True,
+        classes=("FalconAttention",),
+        settings=(("alibi", True),),
+    ),
+    Family(
+        name="bloom",
+        **_FALCON,
+        fixed_heads=True,
+        classes=("BloomAttention",),
+        settings=(("apply_residual_connection_post_layernorm", False),),
+    ),
+    Family(
+        name="mpt",
+        layer="blocks.{}",
+        **_fused("attn.Wqkv"),
+        o="attn.out_proj",
+        up="ffn.up_proj",
+        down="ffn.down_proj",
+        fixed_heads=True,
+        classes=("MptAttention",),
+        settings=(("clip_qkv", None),),
     ),
 )
+
+
+#: What lies beside the projections and is per head: ``fixed_heads`` answers for it.
+_PER_HEAD = re.compile(r".*relative_attention_bias\.weight")
 
 
 class Found(NamedTuple):
@@ -227,23 +371,30 @@ def find(model: nn.Module) -> Found:
     candidates = [(family, layer) for family in FAMILIES for layer in family.layers(state)]
     convolutional = towers(model)
     if not candidates and not convolutional:
-        looked = "; ".join(f"{f.name}: {f.layer}.{f.q}{f.join}weight" for f in FAMILIES)
-        looked += "".join(f"; {type(row).__name__}: {row.mark}" for row in ROWS)
+        found = _nearest(FAMILIES, state)
+        like = f"the nearest row, {found.name!r}, wants {found.layer}.{found.q}" if found else ""
         raise UsageError(
-            f"unknown architecture {type(model).__name__}: no tensor named like ({looked}); "
-            "add a row to benchmark/anatomy/families.py"
+            f"unknown architecture {type(model).__name__}: {like or 'no row is near'}; "
+            f"add one to {__name__}"
         )
-    # The first row with all of its weights speaks for an attention layer: qwen3 before llama.
-    rows: dict[str, tuple[Family, str]] = {}
+    # The first row with all of its weights speaks for an attention layer (qwen3 before llama), of
+    # those that answer for its class if any does.
+    fits: dict[str, list[tuple[Family, str]]] = {}
     for family, layer in candidates:
         if all(layer + weight in state for weight in family.weights()):
-            rows.setdefault(layer + family.q, (family, layer))
-    for family, layer in candidates:
-        if layer + family.q not in rows:
-            lacking = next(layer + w for w in family.weights() if layer + w not in state)
+            fits.setdefault(layer + family.q, []).append((family, layer))
+    rows = {
+        query: min(found, key=lambda fit: (_objection(model, *fit) != "", not _knows(model, *fit)))
+        for query, found in fits.items()
+    }
+    for query in dict.fromkeys(layer + family.q for family, layer in candidates):
+        if query not in rows:
+            alike = {family: layer for family, layer in candidates if layer + family.q == query}
+            near = _nearest(alike, state) or next(iter(alike))
+            lacking = next(w for w in near.weights() if alike[near] + w not in state)
             raise UsageError(
-                f"{type(model).__name__} looks like the family {family.name!r} but has no tensor "
-                f"{lacking!r} (another kind of block, such as a gated MLP, is not supported yet)"
+                f"{type(model).__name__} looks like {near.name!r} but has no tensor "
+                f"{alike[near] + lacking!r} (gated MLP? fused?); add a row to {__name__}"
             )
     blocks = [_read(model, state, family, layer) for family, layer in rows.values()]
     names = [family.name for family, _ in rows.values()] + [name for name, _, _ in convolutional]
@@ -256,27 +407,50 @@ def find(model: nn.Module) -> Found:
     )
 
 
+def _nearest(families: Iterable[Family], names: Iterable[str]) -> Family | None:
+    """The row that shares most of its words with the tensors of a model, if any shares one."""
+
+    def words(names: Iterable[str]) -> set[str]:
+        found = {word for name in names for word in re.split(r"[._]", name)}
+        return {word for word in found - {"weight", "bias"} if not word.isdigit()}
+
+    there, shares = words(names), dict[Family, float]()
+    for family in families:
+        own = words(family.weights())
+        shares[family] = len(own & there) / len(own)
+    near = max(shares, key=lambda family: shares[family])
+    return near if shares[near] else None
+
+
 def _read(
     model: nn.Module, state: Mapping[str, Tensor], family: Family, layer: str
 ) -> tuple[AttentionBlock, MLPBlock | None]:
-    attention = _attention(model, family, layer)
+    if objection := _objection(model, family, layer):
+        raise UsageError(objection)
+    attention = _owner(model, family, layer)
 
-    def linear(name: str, join: str = ".", part: int | None = None) -> Linear:
+    def linear(name: str, join: str = ".", rows: tuple[int, int] | None = None) -> Linear:
         weight, bias = (f"{layer}{name}{join}{kind}" for kind in ("weight", "bias"))
         return Linear(
-            _slot(state[weight], weight, part, family.transposed),
-            _slot(state[bias], bias, part) if bias in state else None,
+            Slot(weight, rows, family.transposed, every),
+            Slot(bias, rows, every=every) if bias in state else None,
         )
 
-    fused = family.q == family.k == family.v
+    every: int | None = None
+    parts: tuple[tuple[int, int] | None, ...] = (None, None, None)
+    whole = linear(family.q, family.join).weight.read(state)
+    if family.q == family.k == family.v:
+        every, parts = _parts(attention, family, layer, len(whole))
     q, k, v = (
-        linear(name, family.join, part if fused else None)
-        for part, name in enumerate((family.q, family.k, family.v))
+        linear(name, family.join, part)
+        for name, part in zip((family.q, family.k, family.v), parts, strict=True)
     )
+    every = None
     rows, kv_rows = (len(side.weight.read(state)) for side in (q, k))
     size = _head_dim(attention, rows)
     if rows % kv_rows or kv_rows % size:
         raise UsageError(f"{layer}: {rows} query and {kv_rows} key rows are not whole heads")
+    rotary = family.rotary and bool(getattr(attention, "use_rope", True))
     block = AttentionBlock(
         q=q,
         k=k,
@@ -285,8 +459,11 @@ def _read(
         heads=rows // size,
         kv_heads=kv_rows // size,
         head_dim=size,
-        rotary=family.rotary,
+        rotary=rotary,
+        rotated=_rotated(attention, size) if rotary else None,
+        interleaved=family.interleaved and rotary,
         fixed_heads=family.fixed_heads,
+        whole_norm=family.whole_norm,
         qk_norm=None
         if family.qk_norm is None
         else (
@@ -294,65 +471,117 @@ def _read(
             Slot(f"{layer}{family.qk_norm[1]}.weight"),
         ),
     )
+    named = {slot.key for side in block.linears().values() for slot in side.slots()}
+    named.update(slot.key for slot in block.qk_norm or ())
+    within = f"{(layer + family.q).rpartition('.')[0]}."
+    for key, value in state.items():
+        strange = key.startswith(within) and key not in named and value.is_floating_point()
+        if strange and not _PER_HEAD.fullmatch(key):
+            raise UsageError(
+                f"{type(model).__name__} is like {family.name!r}, whose row does not know what "
+                f"{key!r} does to attention (a norm of queries and keys?)"
+            )
     if family.up is None or family.down is None:
         return block, None
+    halves: tuple[tuple[int, int] | None, ...] = (None, None)
+    if family.gate == family.up:
+        half = len(linear(family.up).weight.read(state)) // 2
+        halves = (0, half), (half, 2 * half)
     mlp = MLPBlock(
-        up=linear(family.up),
+        gate=linear(family.gate, rows=halves[0]) if family.gate else None,
+        up=linear(family.up, rows=halves[1]),
         down=linear(family.down),
-        gate=linear(family.gate) if family.gate else None,
         activation=_activation(model, attention, model.get_submodule(layer.rstrip("."))),
     )
     return block, mlp
 
 
-def _slot(value: Tensor, key: str, part: int | None, transposed: bool = False) -> Slot:
-    """The whole tensor, or the third ``part`` of a fused one along its output axis."""
-    transposed = transposed and value.ndim == 2
-    if part is None:
-        return Slot(key, transposed=transposed)
-    size = value.shape[1 if transposed else 0] // 3
-    return Slot(key, rows=(part * size, (part + 1) * size), transposed=transposed)
+def _parts(
+    attention: nn.Module, family: Family, layer: str, rows: int
+) -> tuple[int | None, tuple[tuple[int, int], ...]]:
+    """Where queries, keys and values lie in a fused tensor: of every so many rows, which."""
+    size, heads = _head_dim(attention, rows // 3), _heads(attention)
+    kv_heads = (rows // size - heads) // 2
+    if (heads + 2 * kv_heads) * size != rows or kv_heads < 1 or heads % kv_heads:
+        raise UsageError(f"{layer}: {rows} rows are not queries, keys and values of {heads} heads")
+    groups = kv_heads if family.per_head else 1
+    q, kv = heads // groups * size, kv_heads // groups * size
+    every = rows // groups if groups > 1 else None
+    return every, ((0, q), (q, q + kv), (q + kv, q + 2 * kv))
 
 
-def _attention(model: nn.Module, family: Family, layer: str) -> nn.Module:
-    """The module that owns the query projection, if its class is one the row answers for."""
-    owner = model.get_submodule((layer + family.q).rpartition(".")[0])
-    if type(owner).__name__ not in family.classes:
-        raise UsageError(
-            f"{type(model).__name__} has the tensor names of family {family.name!r}, but its "
-            f"attention class {type(owner).__name__} is none of {', '.join(family.classes)}: "
-            "check its gauge group (rotary? relative positions?) and add it to "
-            "benchmark/anatomy/families.py"
+def _owner(model: nn.Module, family: Family, layer: str) -> nn.Module:
+    """The module that owns the query projection."""
+    return model.get_submodule((layer + family.q).rpartition(".")[0])
+
+
+def _knows(model: nn.Module, family: Family, layer: str) -> bool:
+    """Whether the class of the attention is one that the row answers for."""
+    return type(_owner(model, family, layer)).__name__ in family.classes
+
+
+def _objection(model: nn.Module, family: Family, layer: str) -> str:
+    """Why the row does not answer for this attention, or nothing."""
+    owner = _owner(model, family, layer)
+    if not _knows(model, family, layer):
+        return (
+            f"{type(model).__name__} has the tensor names of {family.name!r}, but its attention "
+            f"class {type(owner).__name__} was not checked: rotary? relative positions? "
+            f"If not, add it to {__name__}"
         )
-    return owner
+    for name, wanted in family.settings:
+        found = _setting(owner, name, _setting(model, name))
+        if found != wanted:
+            return (
+                f"{type(model).__name__} is like {family.name!r}, whose gauge group was checked "
+                f"with {name}={wanted}, not {found}"
+            )
+    return ""
+
+
+def _setting(module: nn.Module, name: str, default: object = None) -> object:
+    """What the module itself or its configuration says."""
+    return getattr(module, name, getattr(getattr(module, "config", None), name, default))
 
 
 def _head_dim(attention: nn.Module, rows: int) -> int:
-    """Rows per head.
+    """Rows per head."""
+    for name in ("head_dim", "head_size"):
+        if isinstance(size := getattr(attention, name, None), int):
+            return size
+    return rows // _heads(attention)
+
+
+def _heads(attention: nn.Module) -> int:
+    """Query heads.
 
     Raises:
-        UsageError: the module says neither that nor how many heads it has, or rotates only a part.
+        UsageError: the module does not say.
     """
-    rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
-    if isinstance(rope, Mapping) and rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(
-            f"{type(attention).__name__} rotates only a part of each head, which is not supported"
-        )
-    if isinstance(size := getattr(attention, "head_dim", None), int):
-        return size
     for name in ("num_attention_heads", "num_heads", "n_heads"):
-        if isinstance(heads := getattr(attention, name, None), int):
-            return rows // heads
+        if isinstance(heads := _setting(attention, name), int):
+            return heads
     raise UsageError(f"{type(attention).__name__} does not say how many heads it has")
 
 
+def _rotated(attention: nn.Module, size: int) -> int | None:
+    """How many rows of each head are rotated, if not all."""
+    for name in ("rotary_ndims", "rotary_dim"):
+        if isinstance(rows := getattr(attention, name, None), int):
+            return rows if rows < size else None
+    rope = _setting(attention, "rope_parameters")
+    share = rope.get("partial_rotary_factor", 1.0) if isinstance(rope, Mapping) else 1.0
+    return int(size * share) if share != 1.0 else None
+
+
 def _activation(model: nn.Module, attention: nn.Module, layer: nn.Module) -> str:
-    """The name in the configuration; open_clip has none, but a class for QuickGELU."""
+    """The name in the configuration; open_clip and BLOOM have none, but classes."""
     for config in (getattr(attention, "config", None), getattr(model, "config", None)):
         for name in (
             "hidden_act", "hidden_activation", "activation", "activation_function", "dense_act_fn",
         ):  # fmt: skip
             if isinstance(activation := getattr(config, name, None), str):
                 return activation
-    quick = any(type(module).__name__ == "QuickGELU" for module in layer.modules())
-    return "quick_gelu" if quick else "gelu"
+    named = {"QuickGELU": "quick_gelu", "BloomGelu": "gelu_pytorch_tanh"}
+    classes = (type(module).__name__ for module in layer.modules())
+    return next((named[name] for name in classes if name in named), "gelu")

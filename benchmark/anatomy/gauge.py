@@ -63,6 +63,8 @@ def permute_heads(state: State, block: AttentionBlock, permutation: Tensor) -> N
     for name in ("q", "k", "v"):
         block.write(state, name, block.read(state, name)[permutation])
     block.write_o(state, block.read_o(state)[permutation])
+    for gain in block.qk_norm or () if block.whole_norm else ():
+        gain.write(state, gain.read(state).reshape(block.kv_heads, -1)[permutation].flatten())
 
 
 def within(block: AttentionBlock, a: Tensor) -> Tensor:
@@ -72,25 +74,39 @@ def within(block: AttentionBlock, a: Tensor) -> Tensor:
     architecture does between the projections and the logits (METHODS section 1):
 
     - ``general``: nothing in between; A itself;
-    - ``rotary``: the rotation of the pairs (i, i + dh/2), each by its own frequency, so that only
-      one complex number x + iy per pair is left: x = (A_ii + A_jj)/2, y = (A_ji − A_ij)/2;
-    - ``sign``: QK-norm, whose gain all heads share, so that only a sign is left: of x per pair, or
-      of A_ii per dimension where there is no rotation.
+    - ``rotary``: the rotation of the pairs (i, j = i + dh/2, or i + 1 where they are interleaved),
+      each by its own frequency, so that only one complex number x + iy per pair is left:
+      x = (A_ii + A_jj)/2, y = (A_ji − A_ij)/2; and among rows that are not rotated A itself;
+    - ``sign``: QK-norm, whose gain is one number per row, so that only a sign is left: of x per
+      pair, or of A_ii per dimension where there is no rotation.
     """
     if block.qk_gauge == "general":
         return a
-    diagonal = a.diagonal(dim1=1, dim2=2)
-    if block.qk_gauge == "sign" and not block.rotary:
-        return torch.diag_embed(_sign(diagonal))
-    half = block.head_dim // 2
+    turning, rest = parted(block, a)
+    diagonal, half = turning.diagonal(dim1=1, dim2=2), block.turning // 2
     x = (diagonal[:, :half] + diagonal[:, half:]) / 2
-    y = torch.zeros_like(x)
     if block.qk_gauge == "sign":
-        x = _sign(x)
-    else:
-        lower, upper = (a.diagonal(offset, 1, 2) for offset in (-half, half))
-        y = (lower - upper) / 2
-    return rotary_matrix(x, y)
+        free = torch.diag_embed(_sign(rest.diagonal(dim1=1, dim2=2)))
+        return joined(block, rotary_matrix(_sign(x), torch.zeros_like(x)), free)
+    lower, upper = (turning.diagonal(offset, 1, 2) for offset in (-half, half))
+    return joined(block, rotary_matrix(x, (lower - upper) / 2), rest)
+
+
+def parted(block: AttentionBlock, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a matrix per head the part among the rotated rows, in ``block.order``, and that among the
+    others: (kv_heads, turning, turning) and (kv_heads, dh − turning, dh − turning)."""
+    order = block.order.to(a.device)
+    a = a[:, order][:, :, order]
+    return a[:, : block.turning, : block.turning], a[:, block.turning :, block.turning :]
+
+
+def joined(block: AttentionBlock, turning: Tensor, rest: Tensor) -> Tensor:
+    """The inverse of :func:`parted`, zero elsewhere: (kv_heads, dh, dh)."""
+    a = turning.new_zeros(len(turning), block.head_dim, block.head_dim)
+    a[:, : block.turning, : block.turning] = turning
+    a[:, block.turning :, block.turning :] = rest
+    back = block.order.argsort().to(a.device)
+    return a[:, back][:, :, back]
 
 
 def rotary_matrix(x: Tensor, y: Tensor) -> Tensor:

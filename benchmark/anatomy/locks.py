@@ -22,7 +22,7 @@ from benchmark.anatomy.alignment import (
     vo_gauge,
 )
 from benchmark.anatomy.blocks import AttentionBlock
-from benchmark.anatomy.gauge import permute_heads, rotary_matrix
+from benchmark.anatomy.gauge import joined, parted, permute_heads, rotary_matrix
 from benchmark.anatomy.whole import Anatomy
 
 Kind = Literal[
@@ -109,11 +109,18 @@ def _candidates(
         "diagonal": eye * _factors(x, x0, y, y0, whole=False),
     }
     cross = x0 @ x.mT + y0 @ y.mT
-    if gauge == "rotary":
-        return scaled | {"orthogonal": _turn(cross), "rotary": rotary_gauge(x, x0, y, y0)}
-    u, _, vt = torch.linalg.svd(cross)
     best = (qk_gauge if part == "qk" else vo_gauge)(block, state, base)
-    return scaled | {"orthogonal": u @ vt, "general": best}
+    if gauge == "rotary":
+        turning, rest = parted(block, cross)
+        turned = joined(block, _turn(turning), _polar(rest))
+        return scaled | {"orthogonal": turned, "rotary": best}
+    return scaled | {"orthogonal": _polar(cross), "general": best}
+
+
+def _polar(cross: Tensor) -> Tensor:
+    """Procrustes: the orthogonal matrix per head nearest to ``cross``."""
+    u, _, vt = torch.linalg.svd(cross)
+    return u @ vt
 
 
 def _factors(x: Tensor, x0: Tensor, y: Tensor, y0: Tensor, *, whole: bool) -> Tensor:

@@ -148,10 +148,8 @@ def _replace(module: nn.Module, block: MLPBlock, function: Hidden) -> Iterator[A
     made: dict[str, Tensor] = {}
 
     def keep(name: str, linear: Linear) -> Any:
-        rows = linear.weight.rows
-
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            made[name] = output if rows is None else output[..., slice(*rows)]
+            made[name] = linear.weight.cut(output, -1)
 
         return owner(module, linear.weight.key).register_forward_hook(hook)
 

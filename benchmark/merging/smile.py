@@ -138,7 +138,6 @@ class _Router:
         parts = [
             {p: self.state.get(f"{i}.{_name(linear)}.{p}") for p in "uvb"} for i in self.experts
         ]
-        rows = slice(*linear.weight.rows) if linear.weight.rows else slice(None)
         decides = linear in self.unit.readers
 
         def after(x: Tensor, output: Tensor) -> Tensor:
@@ -150,7 +149,9 @@ class _Router:
                 assert u is not None
                 assert v is not None
                 step = (x @ v.T) @ u.T
-                total[..., rows] += share[..., None] * (step if b is None else step + b)
+                step = share[..., None] * (step if b is None else step + b)
+                own = linear.weight.cut(total, -1)
+                own += step.reshape(own.shape)
             return total
 
         return after

@@ -16,6 +16,7 @@ from benchmark.anatomy.coupled import match_coupled
 from benchmark.anatomy.gauge import (
     apply_qk,
     apply_vo,
+    joined,
     permute_heads,
     permute_units,
     rotary_matrix,
@@ -73,8 +74,8 @@ class _Matrices(Gauge):
     def inverse(self, element: Element) -> Element:
         return (torch.linalg.inv(element[0]),)
 
-    def _general(self, rng: torch.Generator) -> Tensor:
-        size, found = self.block.head_dim, []
+    def _general(self, rng: torch.Generator, size: int) -> Tensor:
+        found = []
         for _ in range(self.block.kv_heads):
             spectrum = log_uniform((size,), rng, _LOW, _HIGH)
             found.append(orthogonal(size, rng) * spectrum @ orthogonal(size, rng))
@@ -100,12 +101,13 @@ class QueryKey(_Matrices):
     def draw(self, rng: torch.Generator) -> Element:
         heads, size = self.block.kv_heads, self.block.head_dim
         if self.block.qk_gauge == "general":
-            return (self._general(rng),)
+            return (self._general(rng, size),)
         if self.block.qk_gauge == "sign":
             return (within(self.block, torch.diag_embed(normal((heads, size), rng, 1.0))),)
-        radius = log_uniform((heads, size // 2), rng, _LOW, _HIGH)
+        radius = log_uniform((heads, self.block.turning // 2), rng, _LOW, _HIGH)
         angle = 2 * torch.pi * torch.rand(radius.shape, generator=rng, dtype=torch.float64)
-        return (rotary_matrix(radius * angle.cos(), radius * angle.sin()),)
+        turning = rotary_matrix(radius * angle.cos(), radius * angle.sin())
+        return (joined(self.block, turning, self._general(rng, size - self.block.turning)),)
 
     def move(self, state: State, element: Element) -> None:
         apply_qk(state, self.block, element[0].to(state[self.block.q.weight.key].device))
@@ -121,7 +123,7 @@ class ValueOutput(_Matrices):
     kind: ClassVar[str] = "value-output"
 
     def draw(self, rng: torch.Generator) -> Element:
-        return (self._general(rng),)
+        return (self._general(rng, self.block.head_dim),)
 
     def move(self, state: State, element: Element) -> None:
         apply_vo(state, self.block, element[0].to(state[self.block.q.weight.key].device))

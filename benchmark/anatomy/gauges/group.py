@@ -44,10 +44,10 @@ KINDS: tuple[type[Gauge], ...] = (
     ValueShift,
     Constant,  # before the middle of the embeddings, which it would blur
     EmbeddingShift,
+    NormScale,  # of which the rows of units and of queries may be what reads it
     UnitScale,
     QueryKeyLength,
     SegmentScale,
-    NormScale,
     HeadOrder,
     QueryKey,
     KeyBias,  # which a change of the keys' basis turns too
@@ -285,11 +285,11 @@ def _inside(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
     """The gauges of the blocks."""
     for block in anatomy.attention:
         where = block.o.weight.key.removesuffix(".weight")
-        if not block.fixed_heads:
+        if not block.fixed_heads and block.kv_heads > 1:
             yield HeadOrder(where, block)
         yield QueryKey(where, block)
         yield ValueOutput(where, block)
-        if block.k.bias is not None and block.free_key_bias:
+        if block.k.bias is not None and bool(block.free_rows.any()):
             yield KeyBias(where, block)
         if block.v.bias is not None and block.o.bias is not None:
             yield ValueShift(where, block)
@@ -396,6 +396,8 @@ def _scale(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
     if segment.tied:
         down += tuple(Axis(slot, 0) for norm in segment.after_tied for slot in norm.slots())
     made = segment.embeddings or gains[:1] or alone or writers[:1]
+    if segment.readers:  # OLMo-2 reads what norms add to the embeddings
+        made = gains[:1] or made
     attention = segment.writers[0].attention if made == writers[:1] and segment.writers else None
     kind = NormScale if made == gains[:1] else SegmentScale
     up = (*segment.embeddings, *gains, *alone, *writers)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ class Row:
 
     Attributes:
         families: names of rows of :data:`benchmark.anatomy.families.FAMILIES`.
-        norms: before (``post``: behind) attention and MLP.
+        norms: before (``post``: behind) attention and MLP; one name twice where both read one norm
+            in parallel, None where they read the stream itself.
         embeddings: what may be added; ``needs``: those of which one must be there.
         last: the last norm, by any of these names; none in post-LN models.
         centred: LayerNorm. ``offset``: gains are 1 + w.
@@ -62,7 +64,7 @@ class Row:
     """
 
     families: tuple[str, ...]
-    norms: tuple[str, str]
+    norms: tuple[str, str] | None
     embeddings: tuple[str, ...]
     needs: tuple[str, ...]
     last: tuple[str, ...] = ()
@@ -94,6 +96,13 @@ _VIT_TOGETHER = (
         ("embeddings.position_embeddings[1:]",),
     ),
 )
+_LLAMA: Any = {
+    "embeddings": ("embed_tokens.weight",),
+    "needs": ("embed_tokens.weight",),
+    "last": ("norm", "final_layernorm"),
+    "heads": (("model.", "lm_head", ""), ("model.", "score", "")),
+}
+_TRANSFORMER_HEADS = (("transformer.", "lm_head", ""), ("transformer.", "score", ""))
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -182,27 +191,105 @@ ROWS: tuple[Row, ...] = (
         needs=("wte.weight",),
         last=("ln_f",),
         together=((("wte.weight",), ("wpe.weight",)),),
-        heads=(("transformer.", "lm_head", ""), ("transformer.", "score", "")),
+        heads=_TRANSFORMER_HEADS,
     ),
     Row(
         families=("llama", "qwen3"),
+        **_LLAMA,
         norms=("input_layernorm", "pre_feedforward_layernorm"),
         behind=("post_attention_layernorm", "post_feedforward_layernorm"),
-        embeddings=("embed_tokens.weight",),
-        needs=("embed_tokens.weight",),
-        last=("norm",),
         centred=False,
         offset=1.0,
-        heads=(("model.", "lm_head", ""), ("model.", "score", "")),
     ),
     Row(
-        families=("llama", "qwen3"),
+        families=("llama", "qwen3", "phi3"),
+        **_LLAMA,
         norms=("input_layernorm", "post_attention_layernorm"),
-        embeddings=("embed_tokens.weight",),
-        needs=("embed_tokens.weight",),
-        last=("norm",),
         centred=False,
-        heads=(("model.", "lm_head", ""), ("model.", "score", "")),
+    ),
+    Row(
+        families=("gemma",),
+        **_LLAMA,
+        norms=("input_layernorm", "post_attention_layernorm"),
+        centred=False,
+        offset=1.0,
+    ),
+    Row(
+        families=("olmo2",),
+        **_LLAMA,
+        norms=None,
+        behind=("post_attention_layernorm", "post_feedforward_layernorm"),
+        centred=False,
+    ),
+    Row(
+        families=("starcoder2", "stablelm"),
+        **_LLAMA,
+        norms=("input_layernorm", "post_attention_layernorm"),
+    ),
+    Row(
+        families=("stablelm", "cohere", "phi"),
+        **_LLAMA,
+        norms=("input_layernorm", "input_layernorm"),
+    ),
+    Row(
+        families=("opt",),
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        embeddings=("embed_tokens.weight", "embed_positions.weight"),
+        needs=("embed_tokens.weight",),
+        last=("final_layer_norm",),
+        together=((("embed_tokens.weight",), ("embed_positions.weight",)),),
+        heads=(("model.decoder.", "lm_head", ""), ("model.decoder.", "score", "")),
+    ),
+    Row(
+        families=("gptj",),
+        norms=("ln_1", "ln_1"),
+        embeddings=("wte.weight",),
+        needs=("wte.weight",),
+        last=("ln_f",),
+        heads=_TRANSFORMER_HEADS,
+    ),
+    Row(
+        families=("gpt-neox",),
+        norms=("input_layernorm", "post_attention_layernorm"),
+        embeddings=("embed_in.weight",),
+        needs=("embed_in.weight",),
+        last=("final_layer_norm",),
+        heads=(
+            ("gpt_neox.", "lm_head", ""), ("gpt_neox.", "embed_out", ""),
+            ("gpt_neox.", "score", ""),
+        ),
+    ),
+    *(
+        Row(
+            families=("falcon", "falcon-alibi"),
+            norms=norms,
+            embeddings=("word_embeddings.weight",),
+            needs=("word_embeddings.weight",),
+            last=("ln_f",),
+            heads=_TRANSFORMER_HEADS,
+        )
+        for norms in (
+            ("ln_attn", "ln_mlp"),
+            ("input_layernorm", "post_attention_layernorm"),
+            ("input_layernorm", "input_layernorm"),
+        )
+    ),
+    Row(
+        families=("bloom",),
+        norms=("input_layernorm", "post_attention_layernorm"),
+        embeddings=("word_embeddings.weight",),
+        needs=("word_embeddings.weight",),
+        first=("word_embeddings_layernorm",),
+        last=("ln_f",),
+        heads=_TRANSFORMER_HEADS,
+    ),
+    Row(
+        families=("mpt",),
+        norms=("norm_1", "norm_2"),
+        embeddings=("wte.weight",),
+        needs=("wte.weight",),
+        last=("norm_f",),
+        heads=_TRANSFORMER_HEADS,
     ),
 )  # fmt: skip
 
@@ -306,7 +393,7 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
 def _row(family: Family, layers: Sequence[_Layer], state: Mapping[str, Tensor]) -> Row | None:
     """The row whose norms every layer has."""
     for row in ROWS:
-        wanted = [*row.norms, *(row.behind or ())]
+        wanted = [*(row.norms or ()), *(row.behind or ())]
         if family.name in row.families and all(
             f"{layer.name}{norm}.weight" in state for layer in layers for norm in wanted
         ):
@@ -336,8 +423,10 @@ def _tower(names: _Names, row: Row, root: str, layers: Sequence[_Layer]) -> Stre
     embeddings = tuple(names.axis(root + key) for key in row.embeddings if root + key in state)
     first = [names.norm(root + n, row) for n in row.first if f"{root}{n}.weight" in state]
     last = [names.norm(root + n, row) for n in row.last if f"{root}{n}.weight" in state]
-    norms = [tuple(names.norm(layer.name + norm, row) for norm in row.norms) for layer in layers]
-    width = len(norms[0][0].gain.read(state))
+    norms = [
+        tuple(names.norm(layer.name + norm, row) for norm in row.norms or ()) for layer in layers
+    ]
+    width = layers[0].attention.q.weight.read(state).shape[1]
     sides = [side for layer in layers for side in _sides(names, row, layer)]
     head, tied = _head(names, row, root, embeddings, width)
     if row.beside:
@@ -475,19 +564,23 @@ def _pre(parts: _Parts) -> Iterator[Segment]:
         yield parts.entry
         mains.insert(0, parts.first)
     norms = [norm for pair in parts.norms for norm in pair]
+    readers: dict[Norm, list[Linear]] = {}
+    for norm, side in zip(norms, parts.sides, strict=bool(norms)):
+        readers.setdefault(norm, []).extend(side.readers)
     yield replace(
         main if parts.first is not None else parts.entry,
         name=main.name,
         sources=tuple(mains),
         writers=tuple(side.writer for side in parts.sides if side.behind is None),
-        norms=(*norms, parts.last),
+        readers=() if norms else tuple(r for side in parts.sides for r in side.readers),
+        norms=(*readers, parts.last),
     )
     for side in parts.sides:
         if side.behind is not None:
             name = side.writer.linear.weight.key
             yield Segment(name, parts.width, writers=(side.writer,), norms=(side.behind,))
-    for norm, side in zip(norms, parts.sides, strict=True):
-        yield Segment(norm.name, parts.width, sources=(norm,), readers=side.readers)
+    for norm, linears in readers.items():
+        yield Segment(norm.name, parts.width, sources=(norm,), readers=tuple(linears))
     yield replace(parts.end, name=parts.last.name, sources=(parts.last,))
 
 

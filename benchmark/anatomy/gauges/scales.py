@@ -134,7 +134,8 @@ class NormScale(SegmentScale):
 
 @dataclass(frozen=True)
 class QueryKeyGain(Scale):
-    """Gains of QK-norm: γ_q ⊙ s, γ_k / s, equal within a rotary pair."""
+    """Gains of QK-norm: γ_q ⊙ s, γ_k / s, equal within a rotary pair; of each KV head where the
+    norm is over all of them."""
 
     block: AttentionBlock
     gains: tuple[Slot, Slot]
@@ -142,12 +143,14 @@ class QueryKeyGain(Scale):
     kind: ClassVar[str] = "qk-gain"
 
     def draw(self, rng: torch.Generator) -> Element:
-        return (log_uniform((self.block.head_dim // self._pair,), rng, 0.25, 4.0),)
+        block = self.block
+        size = block.head_dim * (block.kv_heads if block.whole_norm else 1)
+        return (log_uniform((size // self._pair,), rng, 0.25, 4.0),)
 
     def move(self, state: State, element: Element) -> None:
-        s = element[0].to(state[self.gains[0].key].device).repeat(self._pair)
+        s = element[0].to(state[self.gains[0].key].device)
         for slot, factor in zip(self.gains, (s, 1 / s), strict=True):
-            slot.write(state, vector(slot, state) * factor)
+            self._write(slot, state, self._pairs(slot, state) * factor)
 
     def standard(self, state: Mapping[str, Tensor]) -> Element:
         return (reciprocal(self._pairs(self.gains[0], state).norm(dim=0)),)
@@ -165,12 +168,24 @@ class QueryKeyGain(Scale):
         return 2 if self.block.rotary else 1
 
     def _pairs(self, slot: Slot, state: Mapping[str, Tensor]) -> Tensor:
-        return vector(slot, state).reshape(self._pair, -1)
+        """What shares a factor, in columns: (query heads of a group × pair, factors)."""
+        return self._split(vector(slot, state)).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+
+    def _write(self, slot: Slot, state: State, value: Tensor) -> None:
+        """The inverse of :meth:`_pairs`."""
+        groups, *rest = self._split(slot.read(state)).shape
+        spread = value.reshape(rest[0], rest[1], groups, rest[2]).permute(2, 0, 1, 3)
+        slot.write(state, spread.flatten())
+
+    def _split(self, gain: Tensor) -> Tensor:
+        """(KV heads of the gain, query heads of each, pair, pairs)."""
+        groups = self.block.kv_heads if self.block.whole_norm else 1
+        return gain.reshape(groups, -1, self._pair, self.block.head_dim // self._pair)
 
 
 @dataclass(frozen=True)
 class QueryKeyLength(Scale):
-    """Rows of Q and of K per head × c under a QK-norm, which ignores it."""
+    """Rows of Q and of K × c, per head or of all together as their QK-norm is, which ignores it."""
 
     block: AttentionBlock
 
@@ -179,7 +194,7 @@ class QueryKeyLength(Scale):
 
     def draw(self, rng: torch.Generator) -> Element:
         return tuple(
-            log_uniform((heads,), rng, 1.0, 10.0)
+            log_uniform((1 if self.block.whole_norm else heads,), rng, 1.0, 10.0)
             for heads in (self.block.heads, self.block.kv_heads)
         )
 
@@ -206,6 +221,7 @@ class QueryKeyLength(Scale):
         return tuple(factors)
 
     def _heads(self, state: Mapping[str, Tensor], name: Literal["q", "k"]) -> Tensor:
-        """(heads, head_dim, d + 1)."""
+        """What one norm is over: (heads, head_dim, d + 1), or (1, heads·head_dim, d + 1)."""
         value = self.block.read(state, name)
-        return value.reshape(-1, self.block.head_dim, value.shape[-1])
+        rows = value.shape[0] * value.shape[1] if self.block.whole_norm else self.block.head_dim
+        return value.reshape(-1, rows, value.shape[-1])

@@ -126,22 +126,29 @@ class ValueShift(Shift):
 
 @dataclass(frozen=True)
 class KeyBias(Shift):
-    """b_k → b_k + δ: one number more on all logits of a query, which softmax ignores."""
+    """b_k → b_k + δ: one number more on all logits of a query, which softmax ignores; of rows that
+    are not rotated."""
 
     block: AttentionBlock
 
     kind: ClassVar[str] = "key-bias"
 
     def draw(self, rng: torch.Generator) -> Element:
-        return (normal((self.block.kv_heads * self.block.head_dim,), rng, 0.5),)
+        drawn = normal((self.block.kv_heads * self.block.head_dim,), rng, 0.5)
+        return (self._free(drawn),)
 
     def move(self, state: State, element: Element) -> None:
         add_to(self.block.k.bias, state, element[0])
 
     def standard(self, state: Mapping[str, Tensor]) -> Element:
         assert self.block.k.bias is not None
-        return (-vector(self.block.k.bias, state),)
+        return (self._free(-vector(self.block.k.bias, state)),)
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         assert self.block.k.bias is not None
-        return (vector(self.block.k.bias, anchor) - vector(self.block.k.bias, state),)
+        change = vector(self.block.k.bias, anchor) - vector(self.block.k.bias, state)
+        return (self._free(change),)
+
+    def _free(self, value: Tensor) -> Tensor:
+        """Zero in the other rows."""
+        return value * self.block.free_rows.to(value.device).repeat(self.block.kv_heads)

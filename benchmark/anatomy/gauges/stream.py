@@ -164,10 +164,15 @@ class StreamRotation(StreamGauge):
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         """Procrustes on embeddings and heads, which match the hidden units; then on these too.
 
-        The second is what answers where the first has fewer columns than dimensions.
+        The second is what answers where the first has fewer columns than dimensions. Biases of
+        norms that no shift moves tell the sign of the direction 1, where neither does.
         """
         cross = torch.stack([x0 @ x.T for x, x0 in self.pairs(state, anchor)]).sum(0)
-        first = self._polar(cross)
+        means = (
+            torch.stack([*self._means(source), cross.new_zeros(())]) for source in (state, anchor)
+        )
+        lean = float(torch.dot(*means))
+        first = self._polar(cross, lean)
         for segment, linears in self._units:
             own, goal = (
                 [folded(segment, linear, source) for linear in linears]
@@ -177,7 +182,7 @@ class StreamRotation(StreamGauge):
             order = nearest(turned, fixed).to(cross.device)
             for x, x0 in zip(own, goal, strict=True):
                 cross = cross + directions(x0) @ directions(x)[:, order].T
-        return (self._polar(cross),)
+        return (self._polar(cross, lean),)
 
     def closest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         """Procrustes on everything along the axis, once the gauges inside are undone."""
@@ -188,16 +193,18 @@ class StreamRotation(StreamGauge):
                 cross = cross.to(own.device) + goal @ own.T
         return (self._polar(cross),)
 
-    def _polar(self, cross: Tensor) -> Tensor:
-        """argmax of ⟨R, cross⟩ over the rotations of the stream."""
+    def _polar(self, cross: Tensor, lean: float = 1.0) -> Tensor:
+        """argmax of ⟨R, cross⟩ over the rotations of the stream; of the sign of ``lean`` along 1
+        where ``cross`` says nothing of it."""
         if not self.stream.centred:
             u, _, v = torch.linalg.svd(cross)
             return u @ v
         mirror = _mirror(len(cross)).to(cross)
         inside = mirror @ cross @ mirror
         u, _, v = torch.linalg.svd(inside[1:, 1:])
-        # In standard form nothing lies along 1: its sign is noise, and no turn of it is needed.
-        return _keeping_ones(u @ v, sign=-1 if inside[0, 0] < -_NOISE * inside.norm() else 1)
+        # In standard form little lies along 1: nothing, or its sign would be noise.
+        along = float(inside[0, 0]) if inside[0, 0].abs() > _NOISE * inside.norm() else lean
+        return _keeping_ones(u @ v, sign=-1 if along < 0 else 1)
 
     @cached_property
     def _units(self) -> list[tuple[Segment, tuple[Linear, ...]]]:
@@ -208,6 +215,14 @@ class StreamRotation(StreamGauge):
                 if whole(mlp.up) in segment.readers:
                     found.append((segment, (mlp.gate or mlp.up,)))
         return found
+
+    def _means(self, state: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """How far β/γ lies along 1, of norms whose β is no gauge: a reader has no bias."""
+        for segment in self.stream.segments:
+            if any(reader.bias is None for reader in segment.readers):
+                for norm in segment.sources:
+                    if norm.bias is not None:
+                        yield (vector(norm.bias, state) / vector(norm.gain, state)).mean()
 
     @staticmethod
     def _writers(segment: Segment, state: State, r: Tensor) -> None:
