@@ -1,5 +1,7 @@
 """The store: what is there is right, what is damaged is made again, nothing is half-written."""
 
+import errno
+import random
 import sqlite3
 import threading
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmark.pipeline.results import Results
 from benchmark.pipeline.store import Store
 
 BASE = {"w": torch.arange(6.0).reshape(2, 3), "frozen": torch.ones(4), "ids": torch.arange(3)}
@@ -102,16 +105,16 @@ def test_a_store_is_opened_by_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLite does not wait for one that turns the same new file to its write-ahead log."""
-    connect, opening, most = Store._connect, [], []
+    connect, opening, most = Results._connect, [], []
 
-    def slowly(path: Path) -> sqlite3.Connection:
+    def slowly(path: Path, to_write: bool) -> sqlite3.Connection:
         opening.append(path)
         most.append(len(opening))
         time.sleep(0.1)
         opening.pop()
-        return connect(path)
+        return connect(path, to_write)
 
-    monkeypatch.setattr(Store, "_connect", staticmethod(slowly))
+    monkeypatch.setattr(Results, "_connect", staticmethod(slowly))
     threads = [threading.Thread(target=lambda: Store(tmp_path).close()) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -145,6 +148,157 @@ def test_a_damaged_database_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptu
     store.close()
     assert "damaged" in caplog.text
     assert (tmp_path / "results.damaged").exists()
+
+
+def filled(root: Path, rows: int = 400) -> bytes:
+    store = Store(root)
+    for number in range(rows):
+        store.put(f"key {number}", [number] * 20)
+    store.close()
+    return (root / "results.sqlite").read_bytes()
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    """The file as a bad disk gives it back: pages zeroed or of noise, its end or header lost."""
+    rng = random.Random(seed)
+    pages = len(data) // 4096
+    changed = bytearray(data)
+    match seed % 5:
+        case 0:
+            return data[: rng.randrange(1, len(data))]
+        case 1:
+            changed[: rng.randrange(1, 120)] = rng.randbytes(100)
+        case 2:
+            for page in rng.sample(range(pages), 3):
+                changed[page * 4096 : (page + 1) * 4096] = bytes(4096)
+        case 3:
+            for page in rng.sample(range(pages), 3):
+                changed[page * 4096 : (page + 1) * 4096] = rng.randbytes(4096)
+        case 4:
+            for at in rng.sample(range(len(data)), 200):
+                changed[at] ^= 1 << rng.randrange(8)
+            changed[rng.randrange(100)] ^= 0xFF
+    return bytes(changed)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A database of 400 results."""
+    return filled(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_is_damaged_in_the_database_a_run_goes_on(
+    tmp_path: Path, seed: int, whole: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "results.sqlite").write_bytes(damaged(whole, seed))
+    for _ in range(3):  # what was put into the file before its damage was met may be lost once
+        store, lost = Store(tmp_path), 0
+        for number in range(400):
+            found = store.get(f"key {number}")
+            assert found in (None, [number] * 20)
+            if found is None:
+                lost += 1
+                store.put(f"key {number}", [number] * 20)
+        store.close()
+    assert not lost, "the last run finds all of the others"
+    aside = [p for p in tmp_path.glob("results.damaged*") if not p.name.endswith(("-wal", "-shm"))]
+    assert len(caplog.messages) == len(aside)
+
+
+def test_one_damaged_page_costs_its_own_results_only(
+    tmp_path: Path, whole: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaf = whole.index(b"[200, 200") // 4096
+    (tmp_path / "results.sqlite").write_bytes(
+        whole[: leaf * 4096] + b"\xff" * 4096 + whole[(leaf + 1) * 4096 :]
+    )
+    store = Store(tmp_path)
+    found = [store.get(f"key {number}") for number in range(400)]
+    store.close()
+    assert found[200] is None
+    assert sum(value is not None for value in found) > 350
+    (line,) = caplog.messages
+    assert "set aside as results.damaged; 3" in line
+    assert "\n" not in line
+
+
+def test_what_was_set_aside_before_is_kept(tmp_path: Path) -> None:
+    for text in (b"one" * 500, b"two" * 500):
+        (tmp_path / "results.sqlite").write_bytes(text)
+        Store(tmp_path).close()
+    assert (tmp_path / "results.damaged").read_bytes() == b"one" * 500
+    assert (tmp_path / "results.damaged-2").read_bytes() == b"two" * 500
+
+
+def test_two_that_meet_the_damage_set_it_aside_once(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "results.sqlite"
+    path.write_bytes(whole)
+    one, two = Store(tmp_path), Store(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+    for store in (one, two):
+        assert store.result("key 7", lambda: "new") == "new"
+    assert two.get("key 7") == one.get("key 7") == "new"
+    one.close()
+    two.close()
+    assert not list(tmp_path.glob("*damaged-2*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("SQLITE_FULL", errno.ENOSPC), ("SQLITE_BUSY", errno.EACCES)]
+)
+def test_a_full_or_busy_disk_is_no_damage(store: Store, name: str, number: int) -> None:
+    class Refusing:
+        def execute(self, *_: object) -> None:
+            full = number == errno.ENOSPC
+            error = sqlite3.OperationalError("database or disk is full" if full else "busy")
+            error.sqlite_errorname = name
+            raise error
+
+        def close(self) -> None: ...
+
+    own, store._results._database = store._results._database, Refusing()
+    with pytest.raises(OSError, match=r"full|busy") as caught:
+        store.put("k", 1)
+    store._results._database = own
+    assert caught.value.errno == number
+    assert not list(store.root.glob("*damaged*"))
+
+
+def test_a_cache_that_cannot_be_written_to_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    store.put("k", 1)
+    kept(store, lambda: dict(MOVED))
+    store.close()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "lock")
+
+    for module in ("results", "store"):
+        monkeypatch.setattr(f"benchmark.pipeline.{module}.writable", lambda folder: False)
+        monkeypatch.setattr(f"benchmark.pipeline.{module}.FileLock", refuse)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    store = Store(tmp_path)
+    assert store.get("k") == 1
+    assert store.get("other") is None
+    with store.claimed("k", BASE) as slot:
+        assert torch.equal(slot.read()["w"], MOVED["w"])
+    with pytest.raises(OSError, match="readonly"):
+        store.put("other", 2)
+    store.close()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_what_a_killed_writer_left_is_removed(store: Store) -> None:
+    stale = store.root / "states" / ".k.safetensors.abcd1234"
+    stale.parent.mkdir()
+    stale.write_bytes(b"half")
+    kept(store, lambda: dict(MOVED))
+    assert not stale.exists()
 
 
 def test_memory_keeps_the_most_recent(tmp_path: Path) -> None:

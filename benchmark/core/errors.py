@@ -1,6 +1,7 @@
 """The errors a user may meet. Each is one line that names the mistake and the remedy."""
 
 import errno
+from pathlib import Path
 
 #: A full or unwritable disk says nothing about a method.
 _MACHINE_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
@@ -51,6 +52,12 @@ def stop_if_serious(error: Exception) -> None:
         raise error
     if isinstance(error, OSError) and error.errno in _MACHINE_TROUBLE:
         raise error
+
+
+def disk_trouble(error: Exception, path: Path) -> OSError:
+    """What libraries say of the disk in words, as the operating system's own error."""
+    full = "full" in str(error) or "No space" in str(error)
+    return OSError(errno.ENOSPC if full else errno.EACCES, first_line(error), str(path))
 
 
 def described(error: BaseException) -> str:

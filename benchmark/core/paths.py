@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,11 @@ def cache() -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "unmergebench"
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in a folder: not where the disk or its owner lets us only read."""
+    return os.access(folder, os.W_OK)
 
 
 @contextmanager
@@ -34,6 +40,13 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers of ``path`` left. Only for the one who may write to it now."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with suppress(OSError):
+            stale.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

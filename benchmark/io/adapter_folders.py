@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmark.core.errors import CheckpointError, UsageError, first_line
@@ -262,4 +261,4 @@ def save(
         tensors.update({f"base_model.model.{k}": v.cpu().contiguous() for k, v in held.items()})
     with folders.replacing(out, [base.path, *sources], force) as temporary:
         config.save_pretrained(str(temporary))
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        tensorfiles.save(temporary / WEIGHTS, tensors, {"format": "pt"})

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from benchmark.core.errors import CheckpointError, first_line
+from benchmark.core.errors import CheckpointError, disk_trouble, first_line
 from benchmark.core.state import State
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
@@ -78,3 +78,15 @@ def write(path: Path, layout: TensorFile, tensors: Mapping[str, torch.Tensor]) -
         for name in layout.names:
             value = tensors[name].detach().cpu().contiguous()
             file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write ``tensors`` under a new header.
+
+    Raises:
+        OSError: the disk is full or not writable, which safetensors says in words of its own.
+    """
+    try:
+        safetensors.torch.save_file(dict(tensors), path, dict(metadata))
+    except safetensors.SafetensorError as error:
+        raise disk_trouble(error, path) from error

@@ -21,8 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
-
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import MethodError
 from benchmark.core.state import State
@@ -94,7 +92,7 @@ def merge_states(request: Request, states: Mapping[str, State], seed: int) -> St
         for name, state in states.items():
             paths[name] = f"{name}.safetensors"
             whole = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            safetensors.torch.save_file(whole, folder / paths[name])
+            tensorfiles.save(folder / paths[name], whole, {})
         found, _ = _run("mergekit-pytorch", request.config(paths), folder, seed)
     like = next(iter(states.values()))
     names = {key: key for key in like}

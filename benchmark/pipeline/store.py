@@ -2,29 +2,27 @@
 
 Keys are the sha256 of everything that determines a value, so what is there is right, by whomever it
 was written: a killed run resumes where it stopped, and processes share work. Writes are atomic; a
-damaged artifact is detected by its hash and made again.
+damaged artifact is detected by its hash and made again. A cache that cannot be written to is read.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
-import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from benchmark.core.keys import sha
-from benchmark.core.paths import replacing
+from benchmark.core.paths import replacing, sweep, writable
 from benchmark.core.state import State, digest
+from benchmark.io import tensorfiles
+from benchmark.pipeline.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -37,53 +35,18 @@ class Store:
         root.mkdir(parents=True, exist_ok=True)
         self._recent: OrderedDict[str, Any] = OrderedDict()
         self.memory = memory
-        # SQLite waits for locks, but not for the one that a new file's write-ahead log takes.
-        with FileLock(root / ".opening.lock"):
-            self._database = self._open(root / "results.sqlite")
-
-    def _open(self, path: Path) -> sqlite3.Connection:
-        try:
-            return self._connect(path)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # locked or unwritable, not damaged
-                raise _disk_trouble(error, path) from error
-            log.warning("%s is damaged (%s): its results are computed again", path.name, error)
-            path.replace(path.with_suffix(".damaged"))
-            for leftover in ("-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    Path(f"{path}{leftover}").unlink()
-            return self._connect(path)
-
-    @staticmethod
-    def _connect(path: Path) -> sqlite3.Connection:
-        database = sqlite3.connect(path, timeout=60, isolation_level=None)
-        database.execute("PRAGMA journal_mode=WAL")
-        database.execute("PRAGMA synchronous=NORMAL")
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, value TEXT, sha256 TEXT)"
-        )
-        return database
+        self._results = Results(root / "results.sqlite")
 
     def close(self) -> None:
-        self._database.close()
+        self._results.close()
 
     def get(self, key: str) -> Any | None:
         """A stored JSON value, or None (also if its row is damaged)."""
-        row = self._database.execute(
-            "SELECT value, sha256 FROM results WHERE key = ?", (key,)
-        ).fetchone()
-        if row is None or sha(key, row[0]) != row[1]:
-            return None
-        return json.loads(row[0])
+        return self._results.get(key)
 
     def put(self, key: str, value: Any) -> None:
         """Store a JSON value; the last writer wins, and all writers of a key agree."""
-        text = json.dumps(value, sort_keys=True)
-        row = (key, text, sha(key, text))
-        try:
-            self._database.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", row)
-        except sqlite3.OperationalError as error:
-            raise _disk_trouble(error, self.root) from error
+        self._results.put(key, value)
 
     def result(self, key: str, make: Callable[[], Any]) -> Any:
         """The stored value, computed and stored if it is not there."""
@@ -119,8 +82,11 @@ class Store:
     def claimed(self, key: str, base: State) -> Iterator[Slot]:
         """The place on disk of one State. One process has it at a time; others wait for it."""
         path = self.root / "states" / f"{key}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        lock: AbstractContextManager[object] = nullcontext()
+        if writable(self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{path}.lock")
+        with lock:
             yield Slot(path, key, base)
 
     def training(self, key: str, number: int) -> Path:
@@ -131,12 +97,6 @@ class Store:
         """Delete the resume files of a node that is made."""
         for path in (self.root / "training").glob(f"{key}-*.pt"):
             path.unlink(missing_ok=True)
-
-
-def _disk_trouble(error: Exception, path: Path) -> OSError:
-    """What the libraries say in words, as the operating system's own error."""
-    full = "full" in str(error) or "No space" in str(error)
-    return OSError(errno.ENOSPC if full else errno.EACCES, str(error), str(path))
 
 
 class Slot:
@@ -155,11 +115,9 @@ class Slot:
             for k, v in state.items()
             if not torch.equal(v, base[k])
         }
-        try:
-            with replacing(self._path) as temporary:
-                save_file(moved, temporary, metadata={"sha256": sha(self._key, digest(moved))})
-        except SafetensorError as error:
-            raise _disk_trouble(error, self._path) from error
+        sweep(self._path)
+        with replacing(self._path) as temporary:
+            tensorfiles.save(temporary, moved, {"sha256": sha(self._key, digest(moved))})
 
     def read(self) -> State | None:
         """The State, or None where there is none or it is damaged."""

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor
 
-from benchmark.core.paths import cache, replacing
+from benchmark.core.paths import cache, replacing, sweep
 from benchmark.core.state import digest
 
 
@@ -52,7 +52,8 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
+    from benchmark.io import tensorfiles
 
+    sweep(path)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"digest": digest(tensors)})
+        tensorfiles.save(temporary, tensors, {"digest": digest(tensors)})

@@ -54,7 +54,7 @@ def receive(pipe: IO[bytes]) -> dict[str, Any] | None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write plain tensors as safetensors; those that share memory are written apart."""
-    from safetensors.torch import save_file
+    from benchmark.io import tensorfiles
 
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -63,7 +63,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         where = value.untyped_storage().data_ptr()
         plain[key] = value.clone() if where in seen else value
         seen.add(where)
-    save_file(plain, path)
+    tensorfiles.save(path, plain, {})
 
 
 def read_tensors(path: Path) -> State:
