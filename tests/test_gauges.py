@@ -143,7 +143,7 @@ def test_every_tensor_has_its_row(name: str) -> None:
         ("gpt2", {"stream-permutation", "constant"}, {"stream-rotation", "embedding-shift"}),
         ("t5", {"stream-permutation", "stream-sign"}, {"heads", "constant", "value-shift"}),
         ("llama", {"stream-rotation", "norm-gain"}, {"null-direction", "norm-shift", "constant"}),
-        ("qwen3", {"qk-gain", "qk-length"}, {"key-bias"}),
+        ("qwen3", {"qk-gain", "qk-sign", "qk-length", "query-heads"}, {"key-bias"}),
         ("gemma3", {"qk-gain", "stream-scale"}, {"stream-rotation"}),
         # No norm before its blocks, one behind each: their gains stand on the path.
         ("olmo2", {"qk-gain", "qk-length", "norm-scale"}, {"stream-rotation"}),

@@ -9,7 +9,7 @@ from test_attacks import distance
 from test_posthoc_defenses import owner
 from zoo import generator, perturbed
 
-from benchmark.anatomy import Anatomy, gauges
+from benchmark.anatomy import Anatomy, diagnosis, gauges
 from benchmark.anatomy.diagnosis import diagnose
 from benchmark.api.methods import defense
 from benchmark.core.state import State, statistic
@@ -123,3 +123,7 @@ def test_what_an_attack_leaves_is_named() -> None:
     assert "; undone in part: a " in found.summary
     assert found.residual == pytest.approx(distance(left, expert, base, expert), rel=0.1)
     assert found.to_dict()["remaining"] == found.remaining
+
+
+def test_every_kind_has_words() -> None:
+    assert set(diagnosis._NOUNS) == {kind.kind for kind in gauges.KINDS}

@@ -80,15 +80,26 @@ def match_heads(
     """The permutation for ``permute_heads`` that brings the KV groups to the anchor's: (kv_heads,).
 
     Maximises the summed cosines of what no gauge changes: the products WqᵀWk (query bias included,
-    key bias left out: softmax ignores it) and Wo·Wv (value bias included) of each group. Heads that
-    cannot trade places stay.
+    key bias left out: softmax ignores it) and Wo·Wv (value bias included) of each head, of a
+    group's query heads in their best order. Heads that cannot trade places stay.
     """
     if block.fixed_heads:
         return torch.arange(block.kv_heads)
-    queries, keys, values, outputs = (
-        (side(block, state), side(block, anchor)) for side in (_queries, _keys, _values, _outputs)
-    )
-    return assign(_product_cosine(queries, keys) + _product_cosine(values, outputs))
+    scores = _head_cosines(block, state, anchor)
+    if block.group == 1:
+        return assign(scores[:, :, 0, 0])
+    rows = torch.arange(block.group)
+    best = [[score[rows, assign(score)].sum() for score in row] for row in scores.cpu()]
+    return assign(torch.stack([torch.stack(row) for row in best]))
+
+
+def match_queries(
+    block: AttentionBlock, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+) -> Tensor:
+    """The order for ``permute_queries`` that brings the query heads of each KV group, matched
+    already, to the anchor's: (kv_heads, group)."""
+    scores = _head_cosines(block, state, anchor).diagonal().permute(2, 0, 1)
+    return torch.stack([assign(score) for score in scores])
 
 
 def qk_gauge(
@@ -296,25 +307,36 @@ def _flat(value: Tensor) -> Tensor:
     return value.transpose(1, 2).flatten(2)
 
 
-def _product_cosine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """cos(X0_iᵀY0_i, X_jᵀY_j) for anchor groups i and state groups j: (kv_heads, kv_heads).
+def _head_cosines(
+    block: AttentionBlock, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+) -> Tensor:
+    """How alike query head i of anchor group a and j of group b are: (a, b, i, j)."""
+    queries, keys, values, outputs = (
+        (side(block, state), side(block, anchor)) for side in (_queries, _keys, _values, _outputs)
+    )
+    return _product_cosine(queries, keys) + _product_cosine(values, outputs)
 
-    ⟨X0ᵀY0, XᵀY⟩ = Σ_ab (X0Xᵀ)_ab·(Y0Yᵀ)_ab: Gram matrices of side dh, never a d × d product.
+
+def _product_cosine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """cos(X0_aiᵀY0_ai, X_bjᵀY_bj) for heads i of anchor group a, j of group b: (a, b, i, j).
+
+    Sides are (kv_heads, group or 1, dh, m). ⟨X0ᵀY0, XᵀY⟩ = Σ_ef (X0Xᵀ)_ef·(Y0Yᵀ)_ef: Gram matrices
+    of side dh, never a d × d product.
     """
 
     def gram(side: tuple[Tensor, Tensor]) -> Tensor:
-        """X0_i·X_jᵀ for all i and j: (group or 1, i, dh, j, dh)."""
-        own, anchor = (x.transpose(0, 1) for x in side)
-        flat = anchor.flatten(1, 2) @ own.flatten(1, 2).mT
-        return flat.unflatten(2, own.shape[1:3]).unflatten(1, own.shape[1:3])
+        """X0_ai·X_bjᵀ: (a, b, i, j, dh, dh)."""
+        own, anchor = side
+        flat = anchor.flatten(0, 2) @ own.flatten(0, 2).mT
+        return flat.reshape(*anchor.shape[:3], *own.shape[:3]).permute(0, 3, 1, 4, 2, 5)
 
     def squared_norm(which: int) -> Tensor:
-        """‖XᵀY‖² of each group: (kv_heads,)."""
+        """‖XᵀY‖² of each head: (kv_heads, group)."""
         x, y = first[which], second[which]
-        return ((x @ x.mT) * (y @ y.mT)).sum((1, 2, 3))
+        return ((x @ x.mT) * (y @ y.mT)).sum((2, 3))
 
-    inner = (gram(first) * gram(second)).sum((0, 2, 4))
-    squares = squared_norm(1)[:, None] * squared_norm(0)[None, :]
+    inner = (gram(first) * gram(second)).sum((4, 5))
+    squares = squared_norm(1)[:, None, :, None] * squared_norm(0)[None, :, None, :]
     return inner / squares.sqrt().clamp_min(torch.finfo(squares.dtype).tiny)
 
 

@@ -38,7 +38,7 @@ TRAINED = 0.75
 _SEED = 0x5EED_0F_7A0
 
 #: The kinds of gauge that permute or flip and so take nothing from τ.
-_DISCRETE = ("stream-permutation", "stream-sign", "heads", "units")
+_DISCRETE = ("stream-permutation", "stream-sign", "qk-sign", "heads", "query-heads", "units")
 #: Those inside blocks, which words for the lock describe, and the bias that softmax ignores.
 _INSIDE, _KEY_BIAS = ("heads", "query-key", "value-output", "units"), "key-bias"
 _BASES: dict[Part, str] = {"qk": "query-key", "vo": "value-output"}
@@ -54,6 +54,8 @@ _NOUNS = {
     "norm-shift": "norm shifts",
     "norm-gain": "norm gains",
     "qk-gain": "QK-norm gains",
+    "qk-sign": "signs of QK-norm gains",
+    "query-heads": "the order of query heads",
     "null-direction": "null directions of norms",
     "value-shift": "value biases",
     "embedding-shift": "shifted embeddings",

@@ -67,6 +67,21 @@ def permute_heads(state: State, block: AttentionBlock, permutation: Tensor) -> N
         gain.write(state, gain.read(state).reshape(block.kv_heads, -1)[permutation].flatten())
 
 
+def permute_queries(state: State, block: AttentionBlock, order: Tensor) -> None:
+    """Query head g of KV group i (its O columns with it) becomes the old ``order[i, g]``.
+
+    ``order``: (kv_heads, group) int64, for the groups keep their keys and values.
+    """
+    order = order.to(state[block.o.weight.key].device)
+    groups = torch.arange(block.kv_heads, device=order.device)[:, None]
+    q = block.read(state, "q")
+    block.write(state, "q", q.unflatten(1, (block.group, -1))[groups, order].reshape(q.shape))
+    block.write_o(state, block.read_o(state)[groups, order])
+    if block.qk_norm is not None and block.whole_norm:
+        gain = block.qk_norm[0].read(state).reshape(block.kv_heads, block.group, -1)
+        block.qk_norm[0].write(state, gain[groups, order].flatten())
+
+
 def within(block: AttentionBlock, a: Tensor) -> Tensor:
     """The part of A that keeps the function of this block: (kv_heads, dh, dh) → the same shape.
 

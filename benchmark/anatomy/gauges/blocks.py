@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.alignment import match_heads, match_units, qk_gauge, vo_gauge
+from benchmark.anatomy.alignment import match_heads, match_queries, match_units, qk_gauge, vo_gauge
 from benchmark.anatomy.assignment import assign
 from benchmark.anatomy.blocks import AttentionBlock, Axis, Channels, MLPBlock
 from benchmark.anatomy.coupled import match_coupled
@@ -18,6 +18,7 @@ from benchmark.anatomy.gauge import (
     apply_vo,
     joined,
     permute_heads,
+    permute_queries,
     permute_units,
     rotary_matrix,
     within,
@@ -56,6 +57,28 @@ class HeadOrder(Gauge):
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         return (match_heads(self.block, state, anchor),)
+
+
+@dataclass(frozen=True)
+class QueryOrder(Gauge):
+    """Query heads that share a key and a value trade places."""
+
+    block: AttentionBlock
+
+    kind: ClassVar[str] = "query-heads"
+
+    def draw(self, rng: torch.Generator) -> Element:
+        shape = (self.block.kv_heads, self.block.group)
+        return (torch.rand(shape, generator=rng, dtype=torch.float64).argsort(1),)
+
+    def move(self, state: State, element: Element) -> None:
+        permute_queries(state, self.block, element[0])
+
+    def inverse(self, element: Element) -> Element:
+        return (element[0].argsort(1),)
+
+    def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
+        return (match_queries(self.block, state, anchor),)
 
 
 @dataclass(frozen=True)

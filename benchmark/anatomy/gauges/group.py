@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmark.anatomy.blocks import Axis, Channels, Slot
 from benchmark.anatomy.gauges.base import Abelian, Element, Gauge, beside
 from benchmark.anatomy.gauges.batchnorm import Statistics
-from benchmark.anatomy.gauges.blocks import HeadOrder, QueryKey, UnitOrder, ValueOutput
+from benchmark.anatomy.gauges.blocks import HeadOrder, QueryKey, QueryOrder, UnitOrder, ValueOutput
 from benchmark.anatomy.gauges.norms import NormShift, NullDirection
 from benchmark.anatomy.gauges.rows import wiring
 from benchmark.anatomy.gauges.scales import (
@@ -20,6 +20,7 @@ from benchmark.anatomy.gauges.scales import (
     NormScale,
     QueryKeyGain,
     QueryKeyLength,
+    QueryKeySign,
     SegmentScale,
     UnitScale,
 )
@@ -39,6 +40,7 @@ KINDS: tuple[type[Gauge], ...] = (
     LayerScale,
     NormShift,
     NormGain,
+    QueryKeySign,
     QueryKeyGain,
     NullDirection,
     ValueShift,
@@ -49,6 +51,7 @@ KINDS: tuple[type[Gauge], ...] = (
     QueryKeyLength,
     SegmentScale,
     HeadOrder,
+    QueryOrder,
     QueryKey,
     KeyBias,  # which a change of the keys' basis turns too
     ValueOutput,
@@ -56,9 +59,13 @@ KINDS: tuple[type[Gauge], ...] = (
 )
 
 #: Those inside attention blocks and MLPs and between channels: what published locks draw from.
-BLOCKS = tuple(k.kind for k in (KeyBias, UnitScale, HeadOrder, QueryKey, ValueOutput, UnitOrder))
+BLOCKS = tuple(
+    k.kind for k in (KeyBias, UnitScale, HeadOrder, QueryOrder, QueryKey, ValueOutput, UnitOrder)
+)
 #: Those that take nothing from a task vector when they are undone.
-PERMUTATIONS = tuple(k.kind for k in (StreamPermutation, StreamSign, HeadOrder, UnitOrder))
+PERMUTATIONS = tuple(
+    k.kind for k in (StreamPermutation, StreamSign, HeadOrder, QueryOrder, UnitOrder)
+)
 
 #: Gauges with their elements, in the order in which they are applied.
 Matched = Sequence[tuple[Gauge, Element]]
@@ -275,6 +282,8 @@ def of(model: nn.Module | Anatomy, state: Mapping[str, Tensor]) -> Group:
             found += _segment(segment, state)
     for block, both in wired.qk_gains:
         where = block.q.weight.key.removesuffix(".weight")
+        sizes = (len(both[0].read(state)), len(both[1].read(state)))
+        found += [QueryKeySign(where, block, both, sizes)]
         found += [QueryKeyGain(where, block, both), QueryKeyLength(where, block)]
     found += [Statistics(norm.name, norm, len(norm.mean.read(state))) for norm in wired.batch_norms]
     order = {kind: i for i, kind in enumerate(KINDS)}
@@ -287,6 +296,8 @@ def _inside(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
         where = block.o.weight.key.removesuffix(".weight")
         if not block.fixed_heads and block.kv_heads > 1:
             yield HeadOrder(where, block)
+            if block.group > 1:
+                yield QueryOrder(where, block)
         yield QueryKey(where, block)
         yield ValueOutput(where, block)
         if block.k.bias is not None and bool(block.free_rows.any()):

@@ -184,6 +184,41 @@ class QueryKeyGain(Scale):
 
 
 @dataclass(frozen=True)
+class QueryKeySign(Scale):
+    """A row of Q in every head, or of K, × −1 with its QK-norm's gain: the norm knows no signs."""
+
+    block: AttentionBlock
+    gains: tuple[Slot, Slot]
+    sizes: tuple[int, int]
+
+    kind: ClassVar[str] = "qk-sign"
+
+    def draw(self, rng: torch.Generator) -> Element:
+        return tuple(
+            (torch.randint(0, 2, (n,), generator=rng) * 2 - 1).double() for n in self.sizes
+        )
+
+    def move(self, state: State, element: Element) -> None:
+        for name, slot, sign in zip(_SIDES, self.gains, element, strict=True):
+            value = self.block.read(state, name)
+            sign = sign.to(value.device)
+            rows = value.reshape(-1, len(sign), value.shape[-1]) * sign[:, None]
+            self.block.write(state, name, rows.reshape(value.shape))
+            slot.write(state, vector(slot, state) * sign)
+
+    def standard(self, state: Mapping[str, Tensor]) -> Element:
+        return tuple(_signs(vector(slot, state)) for slot in self.gains)
+
+    def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
+        return tuple(_signs(vector(slot, state) * vector(slot, anchor)) for slot in self.gains)
+
+
+def _signs(value: Tensor) -> Tensor:
+    """+1 or −1, never 0."""
+    return torch.where(value < 0, -1.0, 1.0).to(value.dtype)
+
+
+@dataclass(frozen=True)
 class QueryKeyLength(Scale):
     """Rows of Q and of K × c, per head or of all together as their QK-norm is, which ignores it."""
 
