@@ -82,7 +82,7 @@ SAYS = {
         "looks like a per-head general lock with a head permutation, an MLP permutation, null dir",
         "looks like a per-head general lock with a head permutation, an MLP permutation, a residu",
         "looks like a rotation and scale per frequency pair on Q/K with a per-head general lock "
-        "on V/O, a head permutation, an MLP permutation, a residual rotation, norm gains and 1 "
+        "on V/O, a head permutation, an MLP permutation, a residual rotation, norm gains and 2 "
         "more moved; undone; about 0.",
     ),
     "random-permutation": (
