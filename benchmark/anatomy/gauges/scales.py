@@ -13,6 +13,7 @@ from benchmark.anatomy.alignment import best_factors, head_sides
 from benchmark.anatomy.blocks import AttentionBlock, Axis, Channels, MLPBlock, Slot
 from benchmark.anatomy.gauge import scale_units
 from benchmark.anatomy.gauges.base import (
+    Abelian,
     Element,
     Overlap,
     Scale,
@@ -184,7 +185,7 @@ class QueryKeyGain(Scale):
 
 
 @dataclass(frozen=True)
-class QueryKeySign(Scale):
+class QueryKeySign(Abelian):
     """A row of Q in every head, or of K, × −1 with its QK-norm's gain: the norm knows no signs."""
 
     block: AttentionBlock
@@ -205,6 +206,9 @@ class QueryKeySign(Scale):
             rows = value.reshape(-1, len(sign), value.shape[-1]) * sign[:, None]
             self.block.write(state, name, rows.reshape(value.shape))
             slot.write(state, vector(slot, state) * sign)
+
+    def inverse(self, element: Element) -> Element:
+        return element
 
     def standard(self, state: Mapping[str, Tensor]) -> Element:
         return tuple(_signs(vector(slot, state)) for slot in self.gains)
