@@ -82,7 +82,8 @@ def distance(a: State, b: State, slot: Slot) -> float:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("spec", EXACT)
 def test_exact_defenses_keep_the_function(spec: str, name: str) -> None:
-    """In float64, where only a wrong formula can move the outputs (RMS norms stay in float32)."""
+    """In float64, where only a wrong formula can move the outputs (RMS norms stay in float32, and
+    so does the attention of GPT-J in older versions of transformers)."""
     model, inputs, owner = tiny_victim(name)
     named = defense(spec)
     assert named.method.card.exact
@@ -90,7 +91,7 @@ def test_exact_defenses_keep_the_function(spec: str, name: str) -> None:
     released = named.method.protect(
         replace(owner, base=precise(owner.base), expert=expert), generator(3)
     )
-    bound = 1e-5 if name in GROUPED or name == "t5" else 1e-8
+    bound = 2e-5 if name in {*GROUPED, "gptj", "t5"} else 1e-8
     assert drift(copy.deepcopy(model).double(), expert, released, precise(inputs)) <= bound
 
 
