@@ -164,12 +164,14 @@ def middle(value: Tensor) -> Tensor:
     Turns with every rotation of the columns, as a median of coordinates does not; what a token that
     no text holds may carry counts for nothing.
     """
-    kept = value
+    squares = torch.einsum("dm,dm->m", value, value)
+    weight = torch.ones_like(squares)
     for _ in range(2):
-        center = kept.mean(1)
-        far = (value - center[:, None]).norm(dim=0)
-        kept = value[:, far <= 10 * far.median()]
-    return kept.mean(1)
+        center = value @ weight / weight.sum()
+        far = squares - 2 * (center @ value) + center @ center
+        limit = 100 * far.median() + 1e-12 * squares.median()  # what rounding makes of nothing
+        weight = (far <= limit).to(value.dtype)
+    return value @ weight / weight.sum()
 
 
 class Overlap(NamedTuple):
@@ -181,8 +183,20 @@ class Overlap(NamedTuple):
     @classmethod
     def of(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> Overlap:
         """Summed over pairs of tensors of one shape."""
-        found = [(float(x.flatten() @ x.flatten()), float((x * x0).sum())) for x, x0 in pairs]
+        found = [(float((x * x).sum()), float((x * x0).sum())) for x, x0 in pairs]
         return cls(sum(square for square, _ in found), sum(inner for _, inner in found))
+
+    @classmethod
+    def of_trusted(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> Overlap:
+        """The same of :func:`trusted` columns, which are never written down: pairs of (d, m)."""
+        square = inner = 0.0
+        for own, goal in pairs:
+            xx, goals, both = (
+                torch.einsum("dm,dm->m", a, b) for a, b in ((own, own), (goal, goal), (own, goal))
+            )
+            share = (goals / xx.clamp_min(TINY)).clamp(max=1)
+            square, inner = square + float(share @ xx), inner + float(share @ both)
+        return cls(square, inner)
 
 
 def best_factor(up: Overlap, down: Overlap | None = None) -> float:

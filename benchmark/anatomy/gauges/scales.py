@@ -121,7 +121,7 @@ class SegmentScale(Scale):
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         up, down = (
-            Overlap.of(trusted(matrix(a, state), matrix(a, anchor)) for a in axes)
+            Overlap.of_trusted((matrix(a, state), matrix(a, anchor)) for a in axes)
             for axes in (self.up, self.down)
         )
         return (torch.tensor(best_factor(up, down if self.down else None), dtype=torch.float64),)

@@ -77,7 +77,8 @@ class EmbeddingShift(Shift):
     def standard(self, state: Mapping[str, Tensor]) -> Element:
         """Minus the middle of the larger side."""
         sides = [[part.read(state) for part in parts] for parts in (self.first, self.second)]
-        first, second = (torch.cat(side, 1) for side in sides)
+        # A vocabulary is not copied for nothing.
+        first, second = (side[0] if len(side) == 1 else torch.cat(side, 1) for side in sides)
         return (-middle(first) if first.shape[1] >= second.shape[1] else middle(second),)
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
