@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmark.anatomy.blocks import AttentionBlock, Channels, Gauge, MLPBlock
-from benchmark.anatomy.families import find
+from benchmark.anatomy.families.find import find
 from benchmark.core.errors import MethodError
 
 _FREEDOM: tuple[Gauge, ...] = ("sign", "rotary", "general")

@@ -13,7 +13,7 @@ from benchmark.anatomy.gauges.base import Abelian, Element, Gauge, beside
 from benchmark.anatomy.gauges.batchnorm import Statistics
 from benchmark.anatomy.gauges.blocks import HeadOrder, QueryKey, QueryOrder, UnitOrder, ValueOutput
 from benchmark.anatomy.gauges.norms import NormShift, NullDirection
-from benchmark.anatomy.gauges.rows import wiring
+from benchmark.anatomy.gauges.rows.towers import wiring
 from benchmark.anatomy.gauges.scales import (
     LayerScale,
     NormGain,

@@ -1,351 +1,17 @@
-"""Where each architecture keeps its blocks: one row of name templates per family.
-
-A row names the tensors of one layer below ``layer`` (``{}`` is the layer's number); whatever
-stands before it (``bert.``, ``vision_model.``, ``visual.transformer.``) is read off the model, so
-one row covers bare models, models with heads, wrappers, and both towers of CLIP. In the manner of
-Git Re-Basin's permutation specs (Ainsworth et al. 2023, arXiv 2209.04836).
-
-To support another architecture, add a row. Names alone prove nothing: ESM uses BERT's names with
-rotary embeddings. So a row also lists the attention classes whose gauge group was checked, and
-``tests/test_anatomy.py`` must pass on a tiny model of it (``tests/zoo.py``). Convolutional towers
-have rows of their own kind, in :mod:`benchmark.anatomy.convolutional`.
-"""
+"""What the table says of a model: its blocks, as references into its State."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from benchmark.anatomy.blocks import AttentionBlock, Channels, Linear, MLPBlock, Slot
 from benchmark.anatomy.convolutional import towers
+from benchmark.anatomy.families import FAMILIES, Family
 from benchmark.core.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row. Names are relative to ``layer`` and lack ``.weight`` / ``.bias``.
-
-    ``q`` = ``k`` = ``v`` means one fused tensor with the three stacked in that order, or, where
-    they are ``per_head``, taking turns: the queries of a KV head, its key, its value. ``gate`` =
-    ``up``: one tensor, the gate's half first.
-    ``join`` stands between a name and ``weight`` or ``bias`` in the q, k and v names.
-    ``classes`` are the classes of the module that owns q whose gauge group was checked.
-    A row without ``up`` and ``down`` is attention alone (T5's decoders have two per block).
-    ``gate`` is the activated branch of a gated MLP. ``qk_norm``: the gains of Q's and K's norm, per
-    head or (``whole_norm``) over all of them. ``settings``: what the configuration must say.
-    """
-
-    name: str
-    layer: str
-    q: str
-    k: str
-    v: str
-    o: str
-    classes: tuple[str, ...]
-    up: str | None = None
-    down: str | None = None
-    gate: str | None = None
-    qk_norm: tuple[str, str] | None = None
-    join: str = "."
-    transposed: bool = False
-    rotary: bool = False
-    fixed_heads: bool = False
-    interleaved: bool = False
-    whole_norm: bool = False
-    per_head: bool = False
-    settings: tuple[tuple[str, object], ...] = ()
-
-    def layers(self, names: Iterable[str]) -> list[str]:
-        """``encoder.layer.0.``, ``encoder.layer.1.``, … with their prefixes, in order."""
-        layer = re.escape(self.layer).replace(r"\{\}", r"(\d+)")
-        query = re.escape(f"{self.q}{self.join}weight")
-        pattern = re.compile(rf"((?:.*\.)?){layer}\.{query}")
-        found = sorted(
-            (match[1], int(match[2])) for name in names if (match := pattern.fullmatch(name))
-        )
-        return [f"{prefix}{self.layer.format(number)}." for prefix, number in found]
-
-    def weights(self) -> Iterator[str]:
-        """The weights that each layer must have, relative to it."""
-        for name in (self.q, self.k, self.v):
-            yield f"{name}{self.join}weight"
-        for name in (self.o, self.up, self.down, self.gate, *(self.qk_norm or ())):
-            if name is not None:
-                yield f"{name}.weight"
-
-
-def _t5(name: str, up: str, gate: str | None = None) -> tuple[Family, ...]:
-    """Encoder layers; decoder layers' self-attention; their cross-attention with the MLP."""
-
-    def row(part: str, layer: str, attention: str, mlp: str | None) -> Family:
-        q, k, v, o = (f"{attention}.{letter}" for letter in "qkvo")
-        inner = None if mlp is None else f"{mlp}.DenseReluDense"
-        return Family(
-            name=f"{name}-{part}",
-            layer=layer,
-            q=q,
-            k=k,
-            v=v,
-            o=o,
-            up=inner and f"{inner}.{up}",
-            down=inner and f"{inner}.wo",
-            gate=inner and gate and f"{inner}.{gate}",
-            classes=("T5Attention",),
-            fixed_heads=True,
-        )
-
-    return (
-        row("encoder", "encoder.block.{}", "layer.0.SelfAttention", "layer.1"),
-        row("decoder", "decoder.block.{}", "layer.0.SelfAttention", None),
-        row("cross", "decoder.block.{}", "layer.1.EncDecAttention", "layer.2"),
-    )
-
-
-def _fused(name: str) -> Any:
-    """Queries, keys and values in one tensor."""
-    return dict.fromkeys("qkv", name)
-
-
-_LLAMA: Any = {
-    "layer": "layers.{}",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-    "rotary": True,
-}
-#: Separate projections with these names, and a plain MLP.
-_PROJECTIONS: Any = {
-    "layer": "layers.{}",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-}
-#: GPT-NeoX, Falcon, BLOOM.
-_FUSED_HEADS: Any = {
-    "up": "mlp.dense_h_to_4h",
-    "down": "mlp.dense_4h_to_h",
-    "per_head": True,
-}
-_FALCON: Any = {
-    **_FUSED_HEADS,
-    **_fused("self_attention.query_key_value"),
-    "layer": "h.{}",
-    "o": "self_attention.dense",
-}
-_BERTS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
-
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        name="bert",
-        layer="encoder.layer.{}",
-        q="attention.self.query",
-        k="attention.self.key",
-        v="attention.self.value",
-        o="attention.output.dense",
-        up="intermediate.dense",
-        down="output.dense",
-        classes=tuple(f"{name}SelfAttention" for name in _BERTS),
-    ),
-    Family(
-        name="distilbert",
-        layer="transformer.layer.{}",
-        q="attention.q_lin",
-        k="attention.k_lin",
-        v="attention.v_lin",
-        o="attention.out_lin",
-        up="ffn.lin1",
-        down="ffn.lin2",
-        classes=("DistilBertSelfAttention",),
-    ),
-    Family(
-        name="vit",
-        layer="layers.{}",
-        q="attention.q_proj",
-        k="attention.k_proj",
-        v="attention.v_proj",
-        o="attention.o_proj",
-        up="mlp.fc1",
-        down="mlp.fc2",
-        classes=("ViTAttention",),
-    ),
-    Family(
-        name="dinov2",
-        layer="encoder.layer.{}",
-        q="attention.q_proj",
-        k="attention.k_proj",
-        v="attention.v_proj",
-        o="attention.o_proj",
-        up="mlp.fc1",
-        down="mlp.fc2",
-        classes=("Dinov2Attention",),
-    ),
-    Family(
-        name="clip",
-        layer="encoder.layers.{}",
-        q="self_attn.q_proj",
-        k="self_attn.k_proj",
-        v="self_attn.v_proj",
-        o="self_attn.out_proj",
-        up="mlp.fc1",
-        down="mlp.fc2",
-        classes=("CLIPAttention",),
-    ),
-    Family(
-        name="open-clip",
-        layer="resblocks.{}",
-        q="attn.in_proj",
-        k="attn.in_proj",
-        v="attn.in_proj",
-        o="attn.out_proj",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        classes=("MultiheadAttention",),
-        join="_",
-    ),
-    Family(
-        name="gpt2",
-        layer="h.{}",
-        q="attn.c_attn",
-        k="attn.c_attn",
-        v="attn.c_attn",
-        o="attn.c_proj",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        classes=("GPT2Attention",),
-        transposed=True,
-    ),
-    *_t5("t5", up="wi"),
-    *_t5("t5-gated", up="wi_1", gate="wi_0"),
-    Family(
-        name="qwen3",
-        **_LLAMA,
-        qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
-        classes=("Qwen3Attention", "Gemma3Attention"),
-    ),
-    Family(
-        name="olmo2",
-        **_LLAMA,
-        qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
-        whole_norm=True,
-        classes=("Olmo2Attention",),
-    ),
-    Family(
-        name="llama",
-        **_LLAMA,
-        classes=(
-            "LlamaAttention",
-            "MistralAttention",
-            "Qwen2Attention",
-            "Gemma2Attention",
-            "GraniteAttention",
-            "SmolLM3Attention",
-        ),
-    ),
-    Family(name="gemma", **_LLAMA, classes=("GemmaAttention",)),
-    Family(name="stablelm", **_LLAMA, classes=("StableLmAttention",)),
-    Family(name="cohere", **_LLAMA, interleaved=True, classes=("CohereAttention",)),
-    Family(
-        name="starcoder2",
-        **_PROJECTIONS,
-        o="self_attn.o_proj",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        rotary=True,
-        classes=("Starcoder2Attention",),
-    ),
-    Family(
-        name="phi",
-        **_PROJECTIONS,
-        o="self_attn.dense",
-        up="mlp.fc1",
-        down="mlp.fc2",
-        rotary=True,
-        classes=("PhiAttention",),
-    ),
-    Family(
-        name="phi3",
-        layer="layers.{}",
-        **_fused("self_attn.qkv_proj"),
-        o="self_attn.o_proj",
-        gate="mlp.gate_up_proj",
-        up="mlp.gate_up_proj",
-        down="mlp.down_proj",
-        rotary=True,
-        classes=("Phi3Attention",),
-    ),
-    Family(
-        name="opt",
-        **_PROJECTIONS,
-        o="self_attn.out_proj",
-        up="fc1",
-        down="fc2",
-        classes=("OPTAttention",),
-        settings=(("do_layer_norm_before", True),),
-    ),
-    Family(
-        name="gptj",
-        layer="h.{}",
-        q="attn.q_proj",
-        k="attn.k_proj",
-        v="attn.v_proj",
-        o="attn.out_proj",
-        up="mlp.fc_in",
-        down="mlp.fc_out",
-        rotary=True,
-        interleaved=True,
-        classes=("GPTJAttention",),
-    ),
-    Family(
-        name="gpt-neox",
-        **_FUSED_HEADS,
-        layer="layers.{}",
-        **_fused("attention.query_key_value"),
-        o="attention.dense",
-        rotary=True,
-        classes=("GPTNeoXAttention",),
-    ),
-    Family(
-        name="falcon",
-        **_FALCON,
-        rotary=True,
-        classes=("FalconAttention",),
-        settings=(("alibi", False),),
-    ),
-    Family(
-        name="falcon-alibi",
-        **_FALCON,
-        fixed_heads=True,
-        classes=("FalconAttention",),
-        settings=(("alibi", True),),
-    ),
-    Family(
-        name="bloom",
-        **_FALCON,
-        fixed_heads=True,
-        classes=("BloomAttention",),
-        settings=(("apply_residual_connection_post_layernorm", False),),
-    ),
-    Family(
-        name="mpt",
-        layer="blocks.{}",
-        **_fused("attn.Wqkv"),
-        o="attn.out_proj",
-        up="ffn.up_proj",
-        down="ffn.down_proj",
-        fixed_heads=True,
-        classes=("MptAttention",),
-        settings=(("clip_qkv", None),),
-    ),
-)
-
 
 #: What lies beside the projections and is per head: ``fixed_heads`` answers for it.
 _PER_HEAD = re.compile(r".*relative_attention_bias\.weight")
@@ -375,7 +41,7 @@ def find(model: nn.Module) -> Found:
         like = f"the nearest row, {found.name!r}, wants {found.layer}.{found.q}" if found else ""
         raise UsageError(
             f"unknown architecture {type(model).__name__}: {like or 'no row is near'}; "
-            f"add one to {__name__}"
+            f"add one to {__package__}"
         )
     # The first row with all of its weights speaks for an attention layer (qwen3 before llama), of
     # those that answer for its class if any does.
@@ -394,7 +60,7 @@ def find(model: nn.Module) -> Found:
             lacking = next(w for w in near.weights() if alike[near] + w not in state)
             raise UsageError(
                 f"{type(model).__name__} looks like {near.name!r} but has no tensor "
-                f"{alike[near] + lacking!r} (gated MLP? fused?); add a row to {__name__}"
+                f"{alike[near] + lacking!r} (gated MLP? fused?); add a row to {__package__}"
             )
     blocks = [_read(model, state, family, layer) for family, layer in rows.values()]
     names = [family.name for family, _ in rows.values()] + [name for name, _, _ in convolutional]
@@ -527,7 +193,7 @@ def _objection(model: nn.Module, family: Family, layer: str) -> str:
         return (
             f"{type(model).__name__} has the tensor names of {family.name!r}, but its attention "
             f"class {type(owner).__name__} was not checked: rotary? relative positions? "
-            f"If not, add it to {__name__}"
+            f"If not, add it to {__package__}"
         )
     for name, wanted in family.settings:
         found = _setting(owner, name, _setting(model, name))

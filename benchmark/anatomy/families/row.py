@@ -1,0 +1,66 @@
+"""One row of the table of families."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row. Names are relative to ``layer`` and lack ``.weight`` / ``.bias``.
+
+    ``q`` = ``k`` = ``v`` means one fused tensor with the three stacked in that order, or, where
+    they are ``per_head``, taking turns: the queries of a KV head, its key, its value. ``gate`` =
+    ``up``: one tensor, the gate's half first.
+    ``join`` stands between a name and ``weight`` or ``bias`` in the q, k and v names.
+    ``classes`` are the classes of the module that owns q whose gauge group was checked.
+    A row without ``up`` and ``down`` is attention alone (T5's decoders have two per block).
+    ``gate`` is the activated branch of a gated MLP. ``qk_norm``: the gains of Q's and K's norm, per
+    head or (``whole_norm``) over all of them. ``settings``: what the configuration must say.
+    """
+
+    name: str
+    layer: str
+    q: str
+    k: str
+    v: str
+    o: str
+    classes: tuple[str, ...]
+    up: str | None = None
+    down: str | None = None
+    gate: str | None = None
+    qk_norm: tuple[str, str] | None = None
+    join: str = "."
+    transposed: bool = False
+    rotary: bool = False
+    fixed_heads: bool = False
+    interleaved: bool = False
+    whole_norm: bool = False
+    per_head: bool = False
+    settings: tuple[tuple[str, object], ...] = ()
+
+    def layers(self, names: Iterable[str]) -> list[str]:
+        """``encoder.layer.0.``, ``encoder.layer.1.``, … with their prefixes, in order."""
+        layer = re.escape(self.layer).replace(r"\{\}", r"(\d+)")
+        query = re.escape(f"{self.q}{self.join}weight")
+        pattern = re.compile(rf"((?:.*\.)?){layer}\.{query}")
+        found = sorted(
+            (match[1], int(match[2])) for name in names if (match := pattern.fullmatch(name))
+        )
+        return [f"{prefix}{self.layer.format(number)}." for prefix, number in found]
+
+    def weights(self) -> Iterator[str]:
+        """The weights that each layer must have, relative to it."""
+        for name in (self.q, self.k, self.v):
+            yield f"{name}{self.join}weight"
+        for name in (self.o, self.up, self.down, self.gate, *(self.qk_norm or ())):
+            if name is not None:
+                yield f"{name}.weight"
+
+
+def fused(name: str) -> Any:
+    """Queries, keys and values in one tensor."""
+    return dict.fromkeys("qkv", name)

@@ -1,0 +1,36 @@
+"""Encoders of text."""
+
+from __future__ import annotations
+
+from benchmark.anatomy.gauges.rows.row import Row
+
+_TOKENS = "embeddings.word_embeddings.weight"
+_PLACES = "embeddings.position_embeddings.weight"
+_TYPES = "embeddings.token_type_embeddings.weight"
+
+ENCODERS: tuple[Row, ...] = (
+    Row(
+        families=("bert",),
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        embeddings=(_TOKENS, _PLACES, _TYPES),
+        needs=(_TOKENS,),
+        first=("embeddings.LayerNorm",),
+        post=True,
+        together=(((_TOKENS,), (_PLACES,)), ((_TYPES,), (_PLACES,))),
+        heads=(
+            ("bert.", "bert.pooler.dense", r"classifier\.(weight|bias)"),
+            ("roberta.", "classifier.dense", r"classifier\.out_proj\.(weight|bias)"),
+        ),
+        beside=r"pooler\.dense\.(weight|bias)",
+    ),
+    Row(
+        families=("distilbert",),
+        norms=("sa_layer_norm", "output_layer_norm"),
+        embeddings=(_TOKENS, _PLACES),
+        needs=(_TOKENS,),
+        first=("embeddings.LayerNorm",),
+        post=True,
+        together=(((_TOKENS,), (_PLACES,)),),
+        heads=(("distilbert.", "pre_classifier", r"classifier\.(weight|bias)"),),
+    ),
+)

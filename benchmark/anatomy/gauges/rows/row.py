@@ -1,0 +1,45 @@
+"""One row of the table of wirings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One wiring.
+
+    Attributes:
+        families: names of rows of :data:`benchmark.anatomy.families.FAMILIES`.
+        norms: before (``post``: behind) attention and MLP; one name twice where both read one norm
+            in parallel, None where they read the stream itself.
+        embeddings: what may be added; ``needs``: those of which one must be there.
+        last: the last norm, by any of these names; none in post-LN models.
+        centred: LayerNorm. ``offset``: gains are 1 + w.
+        post: a norm follows the sum of stream and block, not the other way round.
+        behind: norms between the writers and the stream.
+        scales: layer scales of attention and MLP, by any of these names.
+        first: a norm between the embeddings and the first layer.
+        together: pairs of embeddings that are always added, ``name`` or ``name[start:stop]``;
+            of each side the first name must be there.
+        inside: what stands between ``root`` and the layer.
+        heads: ``(root, head, rest)``: the head of a model whose tower is at ``root``; ``rest``, if
+            given, is a pattern of what follows the head, which must be there.
+        beside: a pattern of tensors below ``root`` that hang on the model's output.
+    """
+
+    families: tuple[str, ...]
+    norms: tuple[str, str] | None
+    embeddings: tuple[str, ...]
+    needs: tuple[str, ...]
+    last: tuple[str, ...] = ()
+    centred: bool = True
+    offset: float = 0.0
+    post: bool = False
+    behind: tuple[str, str] | None = None
+    scales: tuple[tuple[str, str], ...] = ()
+    first: tuple[str, ...] = ()
+    together: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    inside: str = ""
+    heads: tuple[tuple[str, str, str], ...] = ()
+    beside: str = ""
