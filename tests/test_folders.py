@@ -19,6 +19,7 @@ from benchmark.anatomy import Anatomy
 from benchmark.core.errors import CheckpointError, UnmergeBenchError, UsageError
 from benchmark.core.state import norm_growth
 from benchmark.evaluation import probe
+from benchmark.evaluation.inputs import random_inputs
 from benchmark.io import folders
 
 
@@ -132,7 +133,7 @@ def test_tied_weights_are_one_tensor(twice: bool, tmp_path: Path) -> None:
 
 
 def _gap(before: nn.Module, after: nn.Module, like: folders.Checkpoint) -> float:
-    inputs = probe.random_inputs(like, torch.Generator().manual_seed(0))
+    inputs = random_inputs(like, torch.Generator().manual_seed(0))
     with torch.no_grad():
         a, b = before(**inputs).logits, after(**inputs).logits
     return float((b - a).abs().max() / a.abs().max())

@@ -241,8 +241,8 @@ ROWS: tuple[ConvNeXt | ResNet, ...] = (
 )
 
 
-def towers(model: nn.Module) -> list[Tower]:
-    """Every convolutional tower of ``model``: family, MLP blocks, channels.
+def towers(model: nn.Module) -> list[tuple[str, Tower]]:
+    """Every convolutional tower of ``model``: its prefix; family, MLP blocks, channels.
 
     Raises:
         UsageError: a tower has the names of a row, but a class or tensors it does not answer for.
@@ -259,7 +259,7 @@ def towers(model: nn.Module) -> list[Tower]:
                     f"{', '.join(row.classes)}; check its forward pass and extend "
                     "benchmark/anatomy/convolutional.py"
                 )
-            found.append(row.read(model, prefix))
+            found.append((prefix, row.read(model, prefix)))
     return found
 
 

@@ -89,6 +89,7 @@ class Diagnosis:
         residual: about how far ``recovered`` is from the expert, in units of ‖τ‖.
         distance: ‖recovered − base‖ / ‖base‖.
         foreign: even aligned, with norms as usual, the release is another model than the base.
+        missing: what was not looked at, and why: weights and gauges that no row covers.
     """
 
     qk: Kind
@@ -106,6 +107,7 @@ class Diagnosis:
     coupled: bool = False
     gauges: Mapping[str, float] = field(default_factory=dict)
     remaining: Mapping[str, float] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
     @property
     def undone(self) -> bool:
@@ -120,6 +122,10 @@ class Diagnosis:
     @property
     def summary(self) -> str:
         """One line for people."""
+        unseen = f"; not looked at: {'; '.join(self.missing)}" if self.missing else ""
+        return self._seen() + unseen
+
+    def _seen(self) -> str:
         if self.foreign:
             return (
                 f"no lock explains the distance: {self.distance:.2f} of ‖θ0‖ is left "
@@ -137,7 +143,11 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, object]:
         """All fields and the summary, as JSON values."""
-        fields = asdict(self) | {"outliers": list(self.outliers), "undone": self.undone}
+        fields = asdict(self) | {
+            "outliers": list(self.outliers),
+            "missing": list(self.missing),
+            "undone": self.undone,
+        }
         return {"summary": self.summary, **fields}
 
     def _what(self) -> str:
@@ -210,6 +220,7 @@ def diagnose(
         foreign=foreign,
         gauges=dict(found.amounts),
         remaining={} if foreign else _remaining(found, given, reached, nearest, start),
+        missing=tuple(filter(None, (anatomy.left_out, *found.group.missing))),
     )
 
 

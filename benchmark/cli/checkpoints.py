@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmark.cli.output import AsAdapter, Device, Force, Json, Rank, Seed, steps
+from benchmark.cli.output import AsAdapter, Device, Force, Json, Partial, Rank, Seed, steps
 from benchmark.core.errors import UsageError
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
@@ -36,6 +37,7 @@ def protect(
     rank: Rank = None,
     seed: Seed = 0,
     device: Device = "auto",
+    partial: Partial = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -63,7 +65,7 @@ def protect(
     from benchmark.core.device import resolve
     from benchmark.core.state import norm_growth, rounded, to_device
     from benchmark.evaluation import probe
-    from benchmark.evaluation.flags import of_release
+    from benchmark.evaluation.flags import PARTLY_COVERED, of_release
     from benchmark.io import folders
 
     method = methods.defense(defense)
@@ -80,12 +82,14 @@ def protect(
         step("reading")
         members = adapters.read(base, [(expert, "expert")])
         source, origin = members.checkpoints[0], members.origin
-        anatomy = Anatomy.of(source.model)
+        anatomy = replace(Anatomy.of(source.model), partial=partial)
+        notes: dict[str, object] = {}
         step(method.spec)
         theta, theta0 = to_device(source.state, where), to_device(origin.state, where)
         started = time.perf_counter()
         released = method.method.protect(
-            victim(theta0, theta, anatomy, method.spec), torch.Generator().manual_seed(seed)
+            victim(theta0, theta, anatomy.handed("defense", notes.__setitem__), method.spec),
+            torch.Generator().manual_seed(seed),
         )
         seconds = time.perf_counter() - started
         check_result(released, theta0, method.spec)
@@ -108,7 +112,7 @@ def protect(
         growth,
         rounding["released"],
         rounding["expert"],
-    )
+    ) | {PARTLY_COVERED: bool(notes)}
     result = {
         "defense": method.spec,
         "summary": method.method.card.summary,
@@ -120,6 +124,7 @@ def protect(
         "logit_gap": gap,
         "bfloat16_gap": rounding,
         "norm_growth": growth,
+        "left_out": list(anatomy.uncovered) if notes else [],
         "flags": [flag for flag, is_raised in raised.items() if is_raised],
         "seconds": seconds,
         "seed": seed,
@@ -149,6 +154,7 @@ def attack(
     rank: Rank = None,
     seed: Seed = 0,
     device: Device = "auto",
+    partial: Partial = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -184,6 +190,7 @@ def attack(
     from benchmark.core.device import resolve
     from benchmark.core.state import to_device
     from benchmark.evaluation import probe
+    from benchmark.evaluation.flags import PARTLY_COVERED
     from benchmark.io import folders
 
     method = methods.attack(attack_)
@@ -199,11 +206,15 @@ def attack(
             base, [(released, "released model"), *((path, "partner") for path in others)]
         )
         (source, *partners), origin = read.checkpoints, read.origin
-        anatomy = Anatomy.of(source.model)
+        anatomy = replace(Anatomy.of(source.model), partial=partial)
+        notes: dict[str, object] = {}
         step(method.spec)
         before, theta0 = to_device(source.state, where), to_device(origin.state, where)
         knowledge = Knowledge(
-            Access.WEIGHTS, theta0, [to_device(p.state, where) for p in partners], anatomy
+            Access.WEIGHTS,
+            theta0,
+            [to_device(p.state, where) for p in partners],
+            anatomy.handed("attack", notes.__setitem__),
         )
         started = time.perf_counter()
         members = method.method.members(before, knowledge, torch.Generator().manual_seed(seed))
@@ -226,6 +237,8 @@ def attack(
         "attack": method.spec,
         "summary": method.method.card.summary,
         "found": found.to_dict(),
+        "left_out": list(anatomy.uncovered) if notes else [],
+        "flags": [PARTLY_COVERED] if notes else [],
         "changed_tensors": changed(recovered, before),
         "tensors": len(before),
         "distance_before": probe.relative_distance(before, theta0, anatomy),
@@ -285,8 +298,6 @@ def merge(
       unmergebench merge BASE A B --merger 'mergekit/ties(density=0.2, via=command-line)' \\
       --coefficients 0.5,0.5 --out MERGED --json
     """  # fmt: skip
-    from dataclasses import replace
-
     import torch
 
     from benchmark.api import methods

@@ -25,6 +25,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all randomness.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint in --out.")]
+Partial = Annotated[
+    bool,
+    typer.Option(
+        "--partial", help="Go on where a part of the model is covered by no row of the anatomy."
+    ),
+]
 AsAdapter = Annotated[
     bool | None,
     typer.Option(

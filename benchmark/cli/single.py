@@ -131,6 +131,8 @@ def report(result: dict[str, Any], as_json: bool, against: str = "") -> None:
         rows.append(("LoRA adapter", f"rank {result['rank']}, {error}"))
     elif "not_an_adapter" in result:
         rows.append(("whole model", f"not an adapter: {result['not_an_adapter']}"))
+    if result.get("left_out"):
+        rows.append(("left out", _some(result["left_out"])))
     if result["left_behind"]:
         rows.append(("not copied", _some(result["left_behind"])))
     if result.get("flags"):

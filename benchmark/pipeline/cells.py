@@ -111,6 +111,7 @@ class CellMaker:
         recovered = bench.recovered(at.under(solved.attack))
         cell.ensemble = solved.report
         cell.sha256.recovered = recovered.sha256
+        cell.notes.update(recovered.facts["notes"])
         cell.seconds = Seconds(
             expert=expert.facts["seconds"],
             protect=released.facts["seconds"],

@@ -177,6 +177,7 @@ class Workbench:
             base, attack = self.evaluator.base, at.attack
             self.notify(f"{attack.spec} {doing}")
             knowledge = self.knowledge(attack, at.group, key, second)
+            knowledge.anatomy = self.anatomy.handed("attack", report.notes.__setitem__)
             if shipped is not None and shipped.key != released.key:
                 knowledge.shipped = shipped.state()
             rng = generator("attack", attack.spec, at.group.victim, at.group.partners, at.seed)
@@ -212,7 +213,7 @@ class Workbench:
         return Victim(
             base=self.evaluator.base,
             expert=expert,
-            anatomy=self.anatomy,
+            anatomy=self.anatomy.handed("defense", note),
             task=self.evaluator.task(victim).without_test(),
             recipe=self.testbed.recipe,
             fine_tune=self.trainer(f"{what} {victim}", node),

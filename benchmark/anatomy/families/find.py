@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from benchmark.anatomy.blocks import AttentionBlock, Channels, Linear, MLPBlock, Slot
 from benchmark.anatomy.convolutional import towers
+from benchmark.anatomy.coverage import uncovered
 from benchmark.anatomy.families import FAMILIES, Family
+from benchmark.anatomy.families.loose import loose
 from benchmark.core.errors import UsageError
 
 #: What lies beside the projections and is per head: ``fixed_heads`` answers for it.
@@ -24,6 +26,7 @@ class Found(NamedTuple):
     attention: tuple[AttentionBlock, ...]
     mlp: tuple[MLPBlock, ...]
     channels: tuple[Channels, ...]
+    uncovered: tuple[str, ...]
 
 
 def find(model: nn.Module) -> Found:
@@ -63,13 +66,22 @@ def find(model: nn.Module) -> Found:
                 f"{alike[near] + lacking!r} (gated MLP? fused?); add a row to {__package__}"
             )
     blocks = [_read(model, state, family, layer) for family, layer in rows.values()]
-    names = [family.name for family, _ in rows.values()] + [name for name, _, _ in convolutional]
-    mlps = [mlp for _, mlp in blocks if mlp is not None]
+    names = [family.name for family, _ in rows.values()] + [
+        name for _, (name, _, _) in convolutional
+    ]
+    attention = tuple(attention for attention, _ in blocks)
+    mlps = tuple(mlp for _, mlp in blocks if mlp is not None)
+    mlps += (*loose(model), *(mlp for _, (_, found, _) in convolutional for mlp in found))
+    channels = tuple(units for _, (_, _, found) in convolutional for units in found)
+    # What a convolutional row does not know it refuses itself.
+    beside = [rf"{re.escape(prefix)}.*" for prefix, _ in convolutional]
+    beside += [re.escape(layer) + family.beside for family, layer in rows.values() if family.beside]
     return Found(
         family="+".join(dict.fromkeys(names)),
-        attention=tuple(attention for attention, _ in blocks),
-        mlp=(*mlps, *(mlp for _, found, _ in convolutional for mlp in found)),
-        channels=tuple(units for _, _, found in convolutional for units in found),
+        attention=attention,
+        mlp=mlps,
+        channels=channels,
+        uncovered=uncovered(model, attention, mlps, channels, beside),
     )
 
 

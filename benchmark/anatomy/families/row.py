@@ -20,6 +20,7 @@ class Family:
     A row without ``up`` and ``down`` is attention alone (T5's decoders have two per block).
     ``gate`` is the activated branch of a gated MLP. ``qk_norm``: the gains of Q's and K's norm, per
     head or (``whole_norm``) over all of them. ``settings``: what the configuration must say.
+    ``beside``: a pattern of further names below the layer whose weights the row answers for.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Family:
     whole_norm: bool = False
     per_head: bool = False
     settings: tuple[tuple[str, object], ...] = ()
+    beside: str = ""
 
     def layers(self, names: Iterable[str]) -> list[str]:
         """``encoder.layer.0.``, ``encoder.layer.1.``, … with their prefixes, in order."""

@@ -155,7 +155,7 @@ class Owned(Testbed):
         return Victim(
             base=parcel.base,
             expert=parcel.expert,
-            anatomy=parcel.anatomy,
+            anatomy=parcel.anatomy.handed("defense", note),
             task=parcel.task,
             recipe=parcel.recipe,
             fine_tune=train,

@@ -89,7 +89,10 @@ class TaskSpec(_Strict):
 
 
 class TestbedSpec(_Strict):
-    """A whole testbed.toml."""
+    """A whole testbed.toml.
+
+    ``partial``: methods may go on where no row of the anatomy covers a part of the base.
+    """
 
     __test__ = False  # not a pytest class
 
@@ -104,6 +107,7 @@ class TestbedSpec(_Strict):
     mean: Channels | None = None
     std: Channels | None = None
     pooling: Pooling = "auto"
+    partial: bool = False
     recipe: RecipeSpec = RecipeSpec()
     task: tuple[TaskSpec, ...] = Field(min_length=1)
 

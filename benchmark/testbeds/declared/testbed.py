@@ -6,13 +6,14 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Arena, Card, Testbed
 from benchmark.api.recipe import Recipe
 from benchmark.api.specs import did_you_mean
@@ -101,7 +102,8 @@ class Declared(Testbed):
         """sha256 of the file's meaning, of all files it names, and of the commits of hub ids."""
         published = [place_.content for place_ in map(self._expert, self.tasks) if place_]
         data = [self._source(name).content() for name in self.tasks]
-        meaning = self.spec.model_dump(exclude={"name", "summary"}, mode="json")
+        silent = {"name", "summary", *(() if self.spec.partial else ("partial",))}
+        meaning = self.spec.model_dump(exclude=silent, mode="json")
         return _sha256([meaning, self._base.content, data, published])
 
     def base(self) -> State:
@@ -109,6 +111,9 @@ class Declared(Testbed):
 
     def module(self) -> torch.nn.Module:
         return self.backbone.module
+
+    def anatomy(self) -> Anatomy:
+        return replace(super().anatomy(), partial=self.spec.partial)
 
     def arena(self) -> Arena:
         return Opened(self.backbone.bare())

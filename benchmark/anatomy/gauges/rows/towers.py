@@ -44,6 +44,7 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         names.used.update(axis.slot.key for axis in units.axes)
     for mlp in anatomy.mlp:
         names.used.update(slot.key for slot in mlp.down.slots())
+    inside = set(names.used)
     families = {family.name: family for family in FAMILIES}
     present = [families[name] for name in anatomy.family.split("+") if name in families]
     towers: list[tuple[str, Stream]] = list(t5(names, anatomy, present))
@@ -63,9 +64,9 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         and not _BESIDE.fullmatch(key)
         and not key.startswith(elsewhere)
     ]
-    # What lies in no tower may read any of them.
-    roots = [root for root, _ in towers]
-    outside = [key for key in left if not any(key.startswith(root) for root in roots)]
+    # What lies in no tower may read any of them: a block without a row of its own, too.
+    roots = (*(root for root, _ in towers), *elsewhere)
+    outside = [key for key in state if (key in inside or key in left) and not key.startswith(roots)]
     sound, uncovered = [], []
     for root, stream in towers:
         strange = [key for key in left if key.startswith(root)] or outside

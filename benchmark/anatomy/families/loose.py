@@ -1,0 +1,51 @@
+"""MLPs that stand by themselves: between a tower that sees and one that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from benchmark.anatomy.blocks import Linear, MLPBlock, Slot
+
+
+class Loose(NamedTuple):
+    """Names of the layers below a module of one of ``classes``, and of its activation."""
+
+    classes: tuple[str, ...]
+    up: str
+    down: str
+    activation: str
+
+
+LOOSE: tuple[Loose, ...] = (
+    Loose(
+        (
+            "LlavaMultiModalProjector",
+            "LlavaNextMultiModalProjector",
+            "LlavaNextVideoMultiModalProjector",
+            "LlavaOnevisionMultiModalProjector",
+        ),
+        up="linear_1",
+        down="linear_2",
+        activation="projector_hidden_act",
+    ),
+)
+
+
+def loose(model: nn.Module) -> Iterator[MLPBlock]:
+    """Those of ``model``."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        for row in LOOSE:
+            if type(module).__name__ not in row.classes:
+                continue
+
+            def linear(part: str, prefix: str = f"{name}." if name else "") -> Linear:
+                weight, bias = (f"{prefix}{part}.{kind}" for kind in ("weight", "bias"))
+                return Linear(Slot(weight), Slot(bias) if bias in state else None)
+
+            config = getattr(model, "config", None)
+            activation = getattr(config, row.activation, "gelu")
+            yield MLPBlock(up=linear(row.up), down=linear(row.down), activation=activation)
