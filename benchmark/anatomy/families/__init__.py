@@ -16,9 +16,10 @@ from __future__ import annotations
 from benchmark.anatomy.families.crossing import CROSSING
 from benchmark.anatomy.families.decoders import DECODERS
 from benchmark.anatomy.families.encoders import ENCODERS
+from benchmark.anatomy.families.multimodal import MULTIMODAL
 from benchmark.anatomy.families.row import Family
 from benchmark.anatomy.families.vision import VISION
 
-FAMILIES: tuple[Family, ...] = (*ENCODERS, *VISION, *DECODERS, *CROSSING)
+FAMILIES: tuple[Family, ...] = (*ENCODERS, *VISION, *DECODERS, *CROSSING, *MULTIMODAL)
 
 __all__ = ["FAMILIES", "Family"]

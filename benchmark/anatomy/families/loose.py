@@ -31,6 +31,13 @@ LOOSE: tuple[Loose, ...] = (
         down="linear_2",
         activation="projector_hidden_act",
     ),
+    # Of the text, beside that of the queries.
+    Loose(
+        ("Blip2QFormerLayer", "InstructBlipQFormerLayer", "InstructBlipVideoQFormerLayer"),
+        up="intermediate.dense",
+        down="output.dense",
+        activation="hidden_act",
+    ),
 )
 
 
@@ -39,13 +46,14 @@ def loose(model: nn.Module) -> Iterator[MLPBlock]:
     state = model.state_dict()
     for name, module in model.named_modules():
         for row in LOOSE:
-            if type(module).__name__ not in row.classes:
+            prefix = f"{name}." if name else ""
+            if type(module).__name__ not in row.classes or f"{prefix}{row.up}.weight" not in state:
                 continue
 
-            def linear(part: str, prefix: str = f"{name}." if name else "") -> Linear:
+            def linear(part: str, prefix: str = prefix) -> Linear:
                 weight, bias = (f"{prefix}{part}.{kind}" for kind in ("weight", "bias"))
                 return Linear(Slot(weight), Slot(bias) if bias in state else None)
 
-            config = getattr(model, "config", None)
+            config = getattr(module, "config", getattr(model, "config", None))
             activation = getattr(config, row.activation, "gelu")
             yield MLPBlock(up=linear(row.up), down=linear(row.down), activation=activation)
