@@ -207,9 +207,8 @@ def _gradient(victim: Victim, state: State, keys: list[str], rng: torch.Generato
     for part in rows.split(_BATCH):
         batch = train[part]
         with torch.enable_grad():
-            features = victim.features({**state, **leaves}, batch.inputs)
-            logits = victim.task.scale * features @ victim.task.head.T
-            loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+            logits = victim.task.logits(victim.features({**state, **leaves}, batch.inputs))
+            loss = victim.task.loss(logits, batch.labels, reduction="sum")
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for key, gradient in zip(leaves, found, strict=True):
             if gradient is not None:

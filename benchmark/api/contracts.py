@@ -97,10 +97,8 @@ class Victim:
         with torch.inference_mode():
             for start in range(0, len(split), batch_size):
                 batch = split[start : start + batch_size]
-                logits = self.features(state, batch.inputs) @ self.task.head.T
-                # argmax takes NaN for the largest.
-                hits = (logits.argmax(1) == batch.labels) & logits.isfinite().all(1)
-                right += int(hits.sum())
+                logits = self.task.logits(self.features(state, batch.inputs))
+                right += int(self.task.right(logits, batch.labels).sum())
         return right / len(split)
 
     def train(

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from benchmark.core.data import Task
 from benchmark.core.state import State
 
 Projection = Literal["q", "k", "v", "o"]
@@ -82,4 +83,4 @@ class Recipe:
 
 def cross_entropy(logits: Logits, state: State, labels: Tensor, rng: torch.Generator) -> Tensor:
     """The plain loss."""
-    return torch.nn.functional.cross_entropy(logits(state), labels)
+    return Task.loss(logits(state), labels)

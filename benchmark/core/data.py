@@ -12,11 +12,16 @@ from torch import Tensor
 from benchmark.core.errors import AccessError
 
 _SPLITS = ("train", "validation", "test")
+#: A label of no class: padding behind an answer.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Split:
-    """n examples: ``inputs`` name → (n, ...), ``labels`` (n,) int64."""
+    """n examples: ``inputs`` name → (n, ...), ``labels`` int64.
+
+    Labels are (n,), or (n, T) for answers of up to T tokens, with ``IGNORED`` behind an answer.
+    """
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -39,18 +44,24 @@ class Split:
         return total.hexdigest()
 
     def few_shot(self, per_class: int, rng: torch.Generator) -> Split:
-        """``per_class`` random examples of each class (all of a class that has fewer)."""
+        """``per_class`` random examples of each class (all of a class that has fewer).
+
+        Answers of several tokens are all of one class.
+        """
         labels = self.labels.cpu()
         order = torch.randperm(len(labels), generator=rng)
+        if labels.ndim > 1:
+            labels = torch.zeros(len(labels))
         rows = [order[labels[order] == c][:per_class] for c in labels.unique()]
         return self[torch.cat(rows).sort().values.to(self.labels.device)]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task with a frozen head: logits = ``scale`` · features @ ``head``ᵀ.
+    """A task with a frozen head: logits = ``scale`` · features @ ``head``ᵀ.
 
-    ``head`` is (classes, d) with unit rows (features are unit vectors too), as in CLIP.
+    ``head`` is (classes, d) with unit rows (features are unit vectors too), as in CLIP. Where an
+    answer has several tokens, features are (n, T, d), and the classes are a vocabulary.
     """
 
     name: str
@@ -66,8 +77,26 @@ class Task:
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
     def logits(self, features: Tensor) -> Tensor:
-        """(n, d) unit vectors → (n, classes)."""
+        """(..., d) features → (..., classes)."""
         return self.scale * features @ self.head.T
+
+    @staticmethod
+    def right(logits: Tensor, labels: Tensor) -> Tensor:
+        """Which examples are answered, every token of them: (n,) bool; none whose logits are NaN.
+
+        Greedy decoding gives an answer if and only if each of its tokens is the argmax where all
+        before it are given.
+        """
+        # argmax takes NaN for the largest.
+        hits = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
+        return (hits | (labels == IGNORED)).reshape(len(labels), -1).all(1)
+
+    @staticmethod
+    def loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy over the last axis; the mean, or sum, over all labels but the ignored."""
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), reduction=reduction, ignore_index=IGNORED
+        )
 
     def split(self, name: str) -> Split:
         """``train``, ``validation`` or ``test``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Testbed
-from benchmark.core.data import Task
+from benchmark.core.data import Split, Task
 from benchmark.core.errors import MethodError
 from benchmark.core.state import PerTask, State, forward_of, to_device
 
@@ -40,34 +40,62 @@ class Evaluator:
         return self._tasks[name]
 
     @torch.inference_mode()
-    def logits(self, state: State, task: str, split: str, rows: range) -> Tensor:
-        """Logits (len(rows), classes) float32 on the CPU.
+    def correct(self, state: State, task: str, split: str, rows: range) -> np.ndarray:
+        """Which examples are answered correctly: (len(rows),) bool.
 
         Raises:
             MethodError: a logit is NaN or infinite (a broken model is an error, not a low score).
         """
+        what, right, finite = self.task(task), [], []
+        for batch in self._batches(task, split, rows):
+            logits = self._logits(state, what, batch)
+            right.append(what.right(logits, batch.labels))
+            finite.append(logits.isfinite().all())
+        _check_finite(finite, task)
+        return torch.cat(right).cpu().numpy()
+
+    @torch.inference_mode()
+    def gap(
+        self, state: State, reference: State, task: str, split: str, rows: range
+    ) -> tuple[float, np.ndarray]:
+        """max |Δlogit| / max |logit of the reference|, and what :meth:`correct` says of ``state``.
+
+        Logits are compared batch by batch: over a vocabulary they take gigabytes.
+        """
+        what, right, finite = self.task(task), [], []
+        change, size = torch.zeros(2, len(self._batches(task, split, rows)), device=self.device)
+        for i, batch in enumerate(self._batches(task, split, rows)):
+            logits, expected = (self._logits(of, what, batch) for of in (state, reference))
+            right.append(what.right(logits, batch.labels))
+            finite += [logits.isfinite().all(), expected.isfinite().all()]
+            change[i], size[i] = (logits - expected).abs().max(), expected.abs().max()
+        _check_finite(finite, task)
+        return float(change.max() / size.max()), torch.cat(right).cpu().numpy()
+
+    def logits(self, state: State, task: str, split: str, rows: range) -> Tensor:
+        """Logits (len(rows), classes) float32 on the CPU; raises as :meth:`correct` does."""
         what = self.task(task)
-        examples = what.split(split)[slice(rows.start, rows.stop)]
+        with torch.inference_mode():
+            parts = [self._logits(state, what, b) for b in self._batches(task, split, rows)]
+        found = torch.cat(parts).cpu()
+        _check_finite([found.isfinite().all()], task)
+        return found
+
+    def _batches(self, task: str, split: str, rows: range) -> list[Split]:
+        examples = self.task(task).split(split)[slice(rows.start, rows.stop)]
+        starts = range(0, len(examples), self.batch_size)
+        return [examples[slice(start, start + self.batch_size)] for start in starts]
+
+    def _logits(self, state: State, task: Task, batch: Split) -> Tensor:
         if isinstance(state, PerTask):
-            state = state.of(task)
+            state = state.of(task.name)
         forward = forward_of(state, self.testbed.features)
-        parts = []
-        for start in range(0, len(examples), self.batch_size):
-            batch = examples[slice(start, start + self.batch_size)]
-            parts.append(what.logits(forward(state, batch.inputs)))
-        out = torch.cat(parts).float().cpu()  # one synchronisation for all batches
-        if not torch.isfinite(out).all():
-            raise MethodError(f"the model gives NaN or infinite logits on {task}")
-        return out
+        return task.logits(forward(state, batch.inputs)).float()
 
-    def correct(self, state: State, task: str, split: str, rows: range) -> np.ndarray:
-        """Which examples are classified correctly: (len(rows),) bool."""
-        return self.outcomes(self.logits(state, task, split, rows), task, split, rows)
 
-    def outcomes(self, logits: Tensor, task: str, split: str, rows: range) -> np.ndarray:
-        """The same from logits."""
-        labels = self.task(task).split(split).labels[rows.start : rows.stop].cpu()
-        return (logits.argmax(dim=1) == labels).numpy()
+def _check_finite(flags: list[Tensor], task: str) -> None:
+    if not torch.stack(flags).all():  # one synchronisation for all batches
+        raise MethodError(f"the model gives NaN or infinite logits on {task}")
 
 
 def relative_gap(logits: Tensor, reference: Tensor) -> float:

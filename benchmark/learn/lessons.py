@@ -27,7 +27,7 @@ class Lessons:
         drawn = knowledge.unlabeled(per_task, rng)
         for (task, inputs), owner in zip(drawn.items(), owners, strict=True):
             with torch.no_grad():
-                answers = knowledge.logits(owner, task, inputs).float().log_softmax(1)
+                answers = knowledge.logits(owner, task, inputs).float().log_softmax(-1)
             # What stands for a label is the row of the answer.
             rows = torch.arange(len(answers), device=answers.device)
             self._answers[task] = answers
@@ -41,7 +41,7 @@ class Lessons:
         losses, examples = [], 0
         for task, stream in self._streams.items():
             batch = stream.draw()
-            own = self._knowledge.logits(state, task, batch.inputs).float().log_softmax(1)
+            own = self._knowledge.logits(state, task, batch.inputs).float().log_softmax(-1)
             wanted = self._answers[task][batch.labels]
             losses.append(
                 torch.nn.functional.kl_div(own, wanted, reduction="batchmean", log_target=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -64,10 +65,9 @@ def fine_tune(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
     streams = [
-        (tasks[name], Batches(split.to(device), recipe.batch_size, rng))
+        (_with_head(tasks[name], device), Batches(split.to(device), recipe.batch_size, rng))
         for name, split in sorted(examples.items())
     ]
-    heads = {task.name: task.head.to(device) for task, _ in streams}
 
     def advance(step: int) -> None:
         task, stream = streams[step % len(streams)]
@@ -76,7 +76,7 @@ def fine_tune(
         def logits(state: State, task: Task = task, batch: Split = batch) -> Tensor:
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                 features = forward_of(state, testbed.features)(state, batch.inputs)
-            return task.scale * features.float() @ heads[task.name].T
+            return task.logits(features.float())
 
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
@@ -96,6 +96,10 @@ def fine_tune(
             check()
     with torch.no_grad():
         return {k: v if v is start[k] else v.detach() for k, v in trained.state().items()}
+
+
+def _with_head(task: Task, device: torch.device) -> Task:
+    return replace(task, head=task.head.to(device))
 
 
 class _Trained(Protocol):

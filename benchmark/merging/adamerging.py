@@ -102,8 +102,8 @@ class AdaMerging(Learner[Inputs]):
 
 def entropy(knowledge: Knowledge, state: State, task: str, inputs: Inputs) -> Tensor:
     """The mean entropy, in nats, of the predictions of ``state``; differentiable."""
-    log_p = knowledge.logits(state, task, inputs).float().log_softmax(1)
-    return -(log_p.exp() * log_p).sum(1).mean()
+    log_p = knowledge.logits(state, task, inputs).float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1).mean()
 
 
 def _batch(inputs: Inputs, size: int, rng: torch.Generator) -> dict[str, Tensor]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from torch import Tensor
 
 from benchmark.core.data import Split
 from benchmark.core.state import State, norm_growth, rounded
-from benchmark.evaluation.accuracy import relative_gap
 from benchmark.evaluation.statistics import pack_bits, unpack_bits
 from benchmark.pipeline import identity
 from benchmark.pipeline.nodes import Node
@@ -49,23 +47,12 @@ class Measure:
     def gap(self, node: Node, reference: Node, task: str, rows: range) -> float:
         """Max relative |Δlogit| of two nodes on test examples. Outcomes come on the way."""
 
-        def logits(of: Node) -> Tensor:
-            key = f"logits:{of.identity}:{task}:{rows.stop}"
-            found: Tensor | None = self.store.remembered(key)
-            if found is None:
-                found = self.evaluator.logits(of.state(), task, "test", rows)
-                self.store.remember(key, found)
-            return found
-
         key = identity.gap(self.bench.key, node.identity, reference.identity, task, rows.stop)
         found: float | None = self.store.get(key)
         if found is None:
-            mine = logits(node)
-            right = pack_bits(self.evaluator.outcomes(mine, task, "test", rows))
-            self.store.put(
-                identity.outcomes(self.bench.key, node.identity, task, "test", rows), right
-            )
-            found = relative_gap(mine, logits(reference))
+            found, right = self.evaluator.gap(node.state(), reference.state(), task, "test", rows)
+            outcomes = identity.outcomes(self.bench.key, node.identity, task, "test", rows)
+            self.store.put(outcomes, pack_bits(right))
             self.store.put(key, found)
         return found
 
@@ -75,11 +62,8 @@ class Measure:
         key = identity.bf16(self.bench.key, node.identity, task, rows.stop)
 
         def gap() -> float:
-            half, full = (
-                self.evaluator.logits(state, task, "test", rows)
-                for state in (rounded(node.state()), node.state())
-            )
-            return relative_gap(half, full)
+            state = node.state()
+            return self.evaluator.gap(rounded(state), state, task, "test", rows)[0]
 
         return float(self.store.result(key, gap))
 
