@@ -207,7 +207,7 @@ def _gradient(victim: Victim, state: State, keys: list[str], rng: torch.Generato
     for part in rows.split(_BATCH):
         batch = train[part]
         with torch.enable_grad():
-            logits = victim.task.logits(victim.features({**state, **leaves}, batch.inputs))
+            logits = victim.task.logits(victim.features({**state, **leaves}, batch.given))
             loss = victim.task.loss(logits, batch.labels, reduction="sum")
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for key, gradient in zip(leaves, found, strict=True):

@@ -97,7 +97,7 @@ class Victim:
         with torch.inference_mode():
             for start in range(0, len(split), batch_size):
                 batch = split[start : start + batch_size]
-                logits = self.task.logits(self.features(state, batch.inputs))
+                logits = self.task.logits(self.features(state, batch.given))
                 right += int(self.task.right(logits, batch.labels).sum())
         return right / len(split)
 
@@ -301,12 +301,14 @@ class Testbed(ABC):
     """A base model with tasks and the recipe that makes experts. A frozen dataclass.
 
     ``assets``: what it fetches from the package index. ``threads``: the most CPU threads worth
-    using when running and training its model, or None for torch's default.
+    using when running and training its model, or None for torch's default. ``batch``: the most
+    examples whose logits fit into memory, where these are over a vocabulary.
     """
 
     card: ClassVar[Card]
     assets: ClassVar[tuple[Asset, ...]] = ()
     threads: ClassVar[int | None] = None
+    batch: ClassVar[int | None] = None
     __test__ = False  # not a pytest class
 
     @property

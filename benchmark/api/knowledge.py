@@ -210,8 +210,8 @@ class Knowledge:
             logits: Callable[[State], Tensor], state: State, labels: Tensor, rng: torch.Generator
         ) -> Tensor:
             with torch.no_grad():
-                wanted = logits(teacher).log_softmax(1)
-            own = logits(state).log_softmax(1)
+                wanted = logits(teacher).log_softmax(-1)
+            own = logits(state).log_softmax(-1)
             return torch.nn.functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
 
         # Labels that say nothing: the loss never looks at them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -21,25 +22,41 @@ class Split:
     """n examples: ``inputs`` name → (n, ...), ``labels`` int64.
 
     Labels are (n,), or (n, T) for answers of up to T tokens, with ``IGNORED`` behind an answer.
+    ``answers``: what takes the place of inputs where an answer is read along with the question, as
+    a language model is taught. Whoever gets no labels gets none of it.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
+    answers: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """What a forward pass reads of whoever has the labels."""
+        return {**self.inputs, **self.answers}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, rows: slice | Tensor) -> Split:
-        return Split({k: v[rows] for k, v in self.inputs.items()}, self.labels[rows])
+        return self._with(lambda value: value[rows])
 
     def to(self, device: torch.device | str) -> Split:
-        return Split({k: v.to(device) for k, v in self.inputs.items()}, self.labels.to(device))
+        return self._with(lambda value: value.to(device))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Split:
+        inputs, answers = (
+            {key: change(value) for key, value in part.items()}
+            for part in (self.inputs, self.answers)
+        )
+        return Split(inputs, change(self.labels), answers)
 
     def digest(self) -> str:
         """sha256 of the examples, for the keys of results."""
         total = hashlib.sha256()
-        for name in sorted(self.inputs):
-            total.update(name.encode() + self.inputs[name].cpu().contiguous().numpy().tobytes())
+        for part in (self.inputs, self.answers):
+            for name in sorted(part):
+                total.update(name.encode() + part[name].cpu().contiguous().numpy().tobytes())
         total.update(self.labels.cpu().contiguous().numpy().tobytes())
         return total.hexdigest()
 

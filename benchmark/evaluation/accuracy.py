@@ -24,7 +24,8 @@ class Evaluator:
     def __init__(self, testbed: Testbed, device: torch.device, batch_size: int = 0) -> None:
         self.testbed = testbed
         self.device = device
-        self.batch_size = batch_size or (512 if device.type == "cpu" else 4096)
+        most = 512 if device.type == "cpu" else 4096
+        self.batch_size = batch_size or min(most, testbed.batch or most)
         self._tasks: dict[str, Task] = {}
 
     @cached_property
@@ -90,7 +91,7 @@ class Evaluator:
         if isinstance(state, PerTask):
             state = state.of(task.name)
         forward = forward_of(state, self.testbed.features)
-        return task.logits(forward(state, batch.inputs)).float()
+        return task.logits(forward(state, batch.given)).float()
 
 
 def _check_finite(flags: list[Tensor], task: str) -> None:

@@ -39,7 +39,7 @@ def transformers_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str,
     Raises:
         CheckpointError: the config or the tensors do not make a model.
     """
-    with _quiet():
+    with quiet():
         config, cls = _architecture(path)
 
         def loaded(values: State, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
@@ -144,7 +144,7 @@ def open_clip_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str, st
     """The same for an open_clip folder, where both names are one."""
     import open_clip
 
-    with _quiet():
+    with quiet():
         try:
             model = open_clip.create_model(
                 f"local-dir:{path}", load_weights=False, pretrained_text=False
@@ -164,7 +164,7 @@ def open_clip_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str, st
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the progress bars and load reports of the libraries: ours say what is wrong."""
     import transformers.utils.logging as verbosity
 

@@ -75,7 +75,7 @@ def fine_tune(
 
         def logits(state: State, task: Task = task, batch: Split = batch) -> Tensor:
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                features = forward_of(state, testbed.features)(state, batch.inputs)
+                features = forward_of(state, testbed.features)(state, batch.given)
             return task.logits(features.float())
 
         optimizer.zero_grad(set_to_none=True)

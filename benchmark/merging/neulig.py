@@ -64,10 +64,10 @@ class NeuLig(Learner[Split]):
         features, answers = {}, {}
         with torch.no_grad():
             for task, split in examples.items():
-                seen = [knowledge.features(expert, split.inputs).float() for expert in experts]
+                seen = [knowledge.features(expert, split.given).float() for expert in experts]
                 features[task] = torch.cat(seen, 1)
                 answers[task] = torch.stack(
-                    [knowledge.logits(expert, task, split.inputs).float() for expert in experts]
+                    [knowledge.logits(expert, task, split.given).float() for expert in experts]
                 )
         labels = {task: split.labels for task, split in examples.items()}
         portland = self._network(next(iter(features.values())), len(experts), rng)

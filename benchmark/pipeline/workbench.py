@@ -267,7 +267,7 @@ class Workbench:
 
         task = self.evaluator.task(self.testbed.tasks[0])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.testbed.features(self.evaluator.base, task.validation[:1].inputs)
+            self.testbed.features(self.evaluator.base, task.validation[:1].given)
         return float(counter.get_total_flops())
 
     def trainer(self, what: str, node: str = "") -> FineTune:
