@@ -14,6 +14,7 @@ from conftest import Cli
 from disk import tensors, write
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from zoo import decoders
 
 from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.state import State, norm, task_vector
@@ -307,3 +308,170 @@ def test_rank_without_an_adapter(pair: Path, cli: Cli) -> None:
     )  # fmt: skip
     assert (code, text) == (2, "--rank is that of an adapter; leave out --no-adapter")
     assert not (pair / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that ties lm_head to its embedding, as Qwen2.5-0.5B, Llama-3.2-1B and Gemma do."""
+    folder = tmp_path_factory.mktemp("tied")
+    torch.manual_seed(0)
+    decoders.decoder("Qwen2", tie_word_embeddings=True).save_pretrained(folder)  # type: ignore[operator]
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_one_of_two_tied_weights_is_not_trained_in_silence(
+    options: dict[str, Any], tied: Path, tmp_path: Path
+) -> None:
+    """peft trains a copy of it, or both: no State of the tied base holds that."""
+    adapter(tied, tmp_path / "lora", **{"target_modules": ["q_proj"], **options})
+    with pytest.raises(CheckpointError, match=r"trains .*(lm_head|embed_tokens), whose w"):
+        read(tmp_path / "lora", tied)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_adapters_beside_tied_weights_are_read(
+    use_rslora: bool, tied: Path, tmp_path: Path
+) -> None:
+    model = adapter(tied, tmp_path / "lora", target_modules=["q_proj"], use_rslora=use_rslora)
+    state, _ = read(tmp_path / "lora", tied)
+    _check_runs(model, state, tied, "qwen2")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_embeddings_and_heads_of_their_own_are_read(
+    whole: bool, module: str, tmp_path: Path
+) -> None:
+    base = write("llama", tmp_path / "base")
+    trained: dict[str, Any] = {"target_modules": ["q_proj", module]}
+    if whole:
+        trained = {"target_modules": ["q_proj"], "modules_to_save": [module]}
+    model = adapter(base, tmp_path / "lora", **trained)
+    if not whole:
+        model.save_pretrained(str(tmp_path / "lora"))  # with the base's own embedding, as peft does
+    state, origin = read(tmp_path / "lora", base)
+    _check_runs(model, state, base, "llama")
+    assert any(module in key for key in task_vector(state, origin))
+
+
+def _check_runs(model: Any, state: State, base: Path, name: str) -> None:
+    _, inputs = zoo.tiny(name)
+    with torch.no_grad():
+        expected = model.eval()(**inputs)[0]
+        found = torch.func.functional_call(folders.load(base).model, state, kwargs=dict(inputs))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_another_embedding_than_the_base_has_is_refused(tmp_path: Path) -> None:
+    base = write("llama", tmp_path / "base")
+    adapter(base, tmp_path / "lora", target_modules=["q_proj"])
+    held = tensors(tmp_path / "lora" / adapter_folders.WEIGHTS)
+    embedding = folders.load(base).state["model.embed_tokens.weight"]
+    key = "base_model.model.model.embed_tokens.weight"
+    for value, fits in ((embedding, True), (embedding + 1, False)):
+        save_file({**held, key: value}, tmp_path / "lora" / adapter_folders.WEIGHTS)
+        if fits:
+            read(tmp_path / "lora", base)
+            continue
+        with pytest.raises(CheckpointError, match=r"holds another 'model.embed_tokens.weight'"):
+            read(tmp_path / "lora", base)
+
+
+def test_what_peft_computes_otherwise_is_refused(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the reason: what was read is compared with what peft runs."""
+    from peft.tuners.lora.layer import Linear
+
+    adapter(bert, tmp_path / "lora")
+    plain = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 2 * plain(self, name))
+    with pytest.raises(CheckpointError, match="computes something else under peft"):
+        read(tmp_path / "lora", bert)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank_pattern": {"0.attention.attention.query": 5}},
+        {"alpha_pattern": {"1.attention.attention.value": 12}},
+    ],
+    ids=["plain", "ranks", "alphas"],
+)
+def test_names_of_before_transformers_5_are_understood(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The file of a ViT says query where the loaded model says q_proj; old adapters do, too."""
+    base = write("vit", tmp_path / "base")
+    origin = folders.load(base)
+    inside = {
+        key.removesuffix(".weight"): name.removesuffix(".weight")
+        for name, key in origin.names.items()
+        if name.endswith(".weight")
+    }
+    now = {name: dict(table) for name, table in options.items()}
+    # Made under today's names, then written under the old ones.
+    targets = [key for key in inside if key.endswith((".q_proj", ".v_proj"))]
+    for table in now.values():
+        for old in list(table):
+            table[next(key for key in targets if inside[key].endswith(old))] = table.pop(old)
+    model = adapter(base, tmp_path / "lora", target_modules=targets, **now)
+    file = tmp_path / "lora" / adapter_folders.WEIGHTS
+    renamed = {}
+    for key, value in tensors(file).items():
+        module, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
+        renamed[f"base_model.model.{inside[module]}.lora_{rest}"] = value
+    assert not any("q_proj" in key for key in renamed)
+    save_file(renamed, file)
+    config = tmp_path / "lora" / "adapter_config.json"
+    content = json.loads(config.read_text()) | {"target_modules": ["query", "value"], **options}
+    config.write_text(json.dumps(content))
+    state, _ = read(tmp_path / "lora", base)
+    _check_runs(model, state, base, "vit")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bias": 1.5}, {"alpha_pattern": None}, {"rank_pattern": 3}, {"r": "x"}, {"r": 0},
+        {"r": 2.5}, {"lora_alpha": None}, {"target_modules": None}, {"target_modules": 7},
+        {"peft_type": 3}, {"peft_type": None}, {"modules_to_save": 1}, {"fan_in_fan_out": "x"},
+        {"use_dora": True}, {"rank_pattern": {"query": "x"}}, {"layers_to_transform": "x"},
+        {"task_type": 3}, {"init_lora_weights": []}, {"exclude_modules": 1},
+        {"alpha_pattern": {"(": 2}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_configuration_of_wrong_types_is_one_line(
+    wrong: dict[str, Any], bert: Path, tmp_path: Path
+) -> None:
+    adapter(bert, tmp_path / "lora")
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | wrong))
+    said = ""
+    try:
+        state, origin = read(tmp_path / "lora", bert)
+        assert task_vector(state, origin), "what peft takes all the same"
+    except CheckpointError as error:
+        said = str(error)
+    assert len(said) < 300
+    assert len(said.splitlines()) <= 1
+
+
+def test_an_adapter_one_folder_down_is_pointed_to(bert: Path, tmp_path: Path) -> None:
+    adapter(bert, tmp_path / "outer" / "adapter")
+    with pytest.raises(CheckpointError, match=r"give the folder inside it .*adapter$"):
+        folders.load(tmp_path / "outer")

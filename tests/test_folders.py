@@ -19,8 +19,8 @@ from benchmark.anatomy import Anatomy
 from benchmark.core.errors import CheckpointError, UnmergeBenchError, UsageError
 from benchmark.core.state import norm_growth
 from benchmark.evaluation import probe
-from benchmark.evaluation.inputs import random_inputs
 from benchmark.io import folders
+from benchmark.io.inputs import random_inputs
 
 
 @pytest.fixture

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from benchmark.anatomy import Anatomy
-from benchmark.core.errors import first_line
 from benchmark.core.state import State, norm, task_vector
 from benchmark.evaluation.accuracy import relative_gap
-from benchmark.evaluation.inputs import random_inputs
 from benchmark.io.folders import Checkpoint
-
-log = logging.getLogger(__name__)
-
-#: What a model may raise that asks for inputs of a kind of its own.
-_UNKNOWN = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
-_OUTPUTS = ("logits", "logits_per_image", "image_embeds", "text_embeds", "last_hidden_state")
-
-
-def outputs(checkpoint: Checkpoint, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits of ``state``, or features where the model has no head: (n, m) float32.
-
-    Half-precision weights are computed with in float32, so that only what is stored counts.
-    """
-    device = next(iter(state.values())).device
-    model = checkpoint.model.float().to(device)
-    wide = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    arguments = {key: value.to(device) for key, value in inputs.items()}
-    with torch.inference_mode():
-        result = torch.func.functional_call(model, wide, kwargs=arguments)
-    if isinstance(result, Mapping):
-        named = [result[key] for key in _OUTPUTS if result.get(key) is not None][:1]
-    else:
-        named = list(result)
-    values = named or list(result.values())
-    n = len(next(iter(inputs.values())))
-    kept = [v for v in values if isinstance(v, Tensor) and v.ndim > 1 and len(v) == n]
-    return torch.cat([v.reshape(n, -1) for v in kept], dim=1).float().cpu()
+from benchmark.io.inputs import outputs, valid_inputs
 
 
 def gap(checkpoint: Checkpoint, reference: State, other: State, seed: int = 0) -> float | None:
     """max |Δlogit| / max |logit| on random inputs, or None where the model takes none we know."""
-    try:
-        inputs = random_inputs(checkpoint, torch.Generator().manual_seed(seed))
-        expected = outputs(checkpoint, reference, inputs) if inputs else None
-    except _UNKNOWN as error:
-        log.warning("outputs were not compared: %s", first_line(error))
+    inputs = valid_inputs(checkpoint, seed)
+    if not inputs:
         return None
-    return None if expected is None else relative_gap(outputs(checkpoint, other, inputs), expected)
+    with torch.inference_mode():
+        return relative_gap(
+            *(outputs(checkpoint.model, inputs, state) for state in (other, reference))
+        )
 
 
 def relative_distance(state: State, base: State, anatomy: Anatomy | None) -> float:

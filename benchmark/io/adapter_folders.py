@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,17 @@ from benchmark.core.lowrank import Factors, rounding, thin_svd
 from benchmark.core.state import State, compatible, finite, norm, task_vector
 from benchmark.io import folders, tensorfiles
 from benchmark.io.folders import Checkpoint
+from benchmark.io.inputs import outputs, valid_inputs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+#: What peft raises on a base or a configuration that it was not made for.
+_PEFT = (
+    RuntimeError, ValueError, KeyError, TypeError, ImportError, AttributeError, IndexError,
+    re.error,
+)  # fmt: skip
+#: max relative |Δlogit| between an adapter beside its base and merged into it, in float32.
+_SAME = 1e-3
 # What peft reads but cannot merge into its base, or what makes the update no plain B·A.
 _REFUSED = (
     "use_dora", "layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora",
@@ -105,13 +117,37 @@ def load(path: Path, base: Checkpoint) -> Adapter:
     finite(tensors, str(path))
     model = copy.deepcopy(base.model).float()
     model.load_state_dict(base.state, strict=False)
-    merged, whole = _merged(path, config, model, tensors)
+    inputs = valid_inputs(base)
+    with _in_memory_names(path, config, tensors, base) as (folder, config, tensors):
+        try:
+            adapted, whole = _adapted(path, folder, config, model, tensors, base)
+            with torch.inference_mode():
+                expected = outputs(adapted, inputs) if inputs else None
+            merged = adapted.merge_and_unload().state_dict()
+        except _PEFT as error:
+            raise CheckpointError(f"{path} does not fit this base: {first_line(error)}") from None
     state = {
         key: value if torch.equal(merged[key], value) else merged[key].detach()
         for key, value in base.state.items()
     }
     compatible(state, base.state, f"adapter {path} on its base")
+    if expected is not None:
+        _check_same(path, base, state, inputs, expected)
     return Adapter(path, state, config, whole)
+
+
+def _check_same(
+    path: Path, base: Checkpoint, state: State, inputs: Mapping[str, Tensor], expected: Tensor
+) -> None:
+    """Raise unless base and update, as read, compute what peft itself runs."""
+    with torch.inference_mode():
+        found = outputs(base.model, inputs, state)
+    gap = float((found - expected).abs().max() / expected.abs().max())
+    if not gap <= _SAME:
+        raise CheckpointError(
+            f"{path} computes something else under peft than its update does on the base (max "
+            f"relative |Δlogit| {gap:.2g}); merge it into its base with peft first"
+        )
 
 
 def _config(path: Path) -> Any:
@@ -128,7 +164,9 @@ def _config(path: Path) -> Any:
         if not refused:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return PeftConfig.from_pretrained(str(path))
+                found = PeftConfig.from_pretrained(str(path))
+                _check_types(found)
+                return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot use {path / CONFIG}: {first_line(error)}") from None
     raise CheckpointError(
@@ -137,35 +175,120 @@ def _config(path: Path) -> Any:
     )
 
 
-def _merged(
-    path: Path, config: Any, model: nn.Module, tensors: State
-) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """The weights of ``model`` with the adapter merged in, and the modules it replaces whole."""
+def _check_types(config: Any) -> None:
+    """Raise ValueError where peft would fail on a field, or take it for another."""
+    patterns = (config.rank_pattern, config.alpha_pattern)
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise ValueError("rank_pattern and alpha_pattern are tables of names and numbers")
+    numbers = [config.r, config.lora_alpha, *(n for pattern in patterns for n in pattern.values())]
+    if not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
+        raise ValueError("r, lora_alpha and their patterns are positive numbers")
+    if not isinstance(config.bias, str):
+        raise ValueError(f"bias is 'none', 'all' or 'lora_only', not {config.bias!r}")
+
+
+@contextmanager
+def _in_memory_names(
+    path: Path, config: Any, tensors: State, base: Checkpoint
+) -> Iterator[tuple[Path, Any, State]]:
+    """The adapter under the names of the loaded base, and the folder that holds it so.
+
+    Transformers renames modules on load (``query`` became ``q_proj``), so an adapter trained before
+    names modules that are only in its base's file.
+    """
+    modules = dict(base.model.named_modules())
+    from peft.utils.other import get_pattern_key
+
+    renamed = {}
+    for key in tensors:
+        module, found, _ = key.removeprefix(_PREFIX).partition(".lora_")
+        inside = base.names.get(f"{module}.weight", "").removesuffix(".weight")
+        if found and module not in modules and inside in modules:
+            renamed[module] = inside
+    if not renamed:
+        yield path, config, tensors
+        return
+    fresh = copy.deepcopy(config)
+    fresh.target_modules = {renamed.get(m, m) for m in _targets(tensors)}
+    for name, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+        given = getattr(config, name)
+        values = {m: given.get(get_pattern_key(given.keys(), m), default) for m in renamed}
+        setattr(fresh, name, {renamed[m]: value for m, value in values.items()})
+    moved = {}
+    for key, value in tensors.items():
+        module, found, rest = key.removeprefix(_PREFIX).partition(".lora_")
+        moved[f"{_PREFIX}{renamed.get(module, module)}{found}{rest}"] = value
+    with tempfile.TemporaryDirectory() as folder:
+        fresh.save_pretrained(folder)
+        tensorfiles.save(Path(folder) / WEIGHTS, moved, {"format": "pt"})
+        yield Path(folder), fresh, moved
+
+
+def _targets(tensors: State) -> set[str]:
+    """The modules that have factors."""
+    split = (key.removeprefix(_PREFIX).partition(".lora_") for key in tensors)
+    return {module for module, found, _ in split if found}
+
+
+def _adapted(
+    path: Path, folder: Path, config: Any, model: nn.Module, tensors: State, base: Checkpoint
+) -> tuple[Any, tuple[str, ...]]:
+    """peft's model of the adapter in ``folder``, and the modules that it replaces whole.
+
+    Raises:
+        CheckpointError: it is of another base, or trains one of two weights that the base ties.
+    """
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils.other import ModulesToSaveWrapper
 
     fresh: Any = copy.deepcopy(config)  # loading edits it
     fresh.inference_mode = True
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(model, str(path), config=fresh)
-        held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        lacking = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
-        if lacking or len(held) != len(tensors):
-            raise CheckpointError(
-                f"{path} does not fit this base: its {len(tensors)} tensors are not the "
-                f"{len(held)} that {CONFIG} asks for; give the base it was trained on"
-            )
-        whole = tuple(
-            name.removeprefix("base_model.model.")
-            for name, module in adapted.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        adapted = PeftModel.from_pretrained(model, str(folder), config=fresh)
+    held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    lacking = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+    more = _of_the_base(path, tensors.keys() - held.keys(), tensors, base)
+    if lacking or len(held) != len(tensors) - more:
+        raise CheckpointError(
+            f"{path} does not fit this base: its {len(tensors)} tensors are not the "
+            f"{len(held)} that {CONFIG} asks for; give the base it was trained on"
         )
-        plain: Any = adapted.merge_and_unload()
-    except (RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise CheckpointError(f"{path} does not fit this base: {first_line(error)}") from None
-    return plain.state_dict(), whole
+    whole = tuple(
+        name.removeprefix("base_model.model.")
+        for name, module in adapted.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    )
+    owners = {name.rpartition(".")[0] for name in _tied(base.model)}
+    if tied := sorted(owners & {*_targets(tensors), *whole}):
+        raise CheckpointError(
+            f"{path} trains {tied[0]}, whose weight this base ties to another layer's, and that "
+            "would move along; save the base untied (tie_word_embeddings=false) and give that"
+        )
+    return adapted, whole
+
+
+def _of_the_base(path: Path, names: Iterable[str], tensors: State, base: Checkpoint) -> int:
+    """How many tensors are the base's own, which peft adds where an embedding is trained."""
+    count = 0
+    for name in names:
+        key = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        known = base.state.get(key, base.model.state_dict().get(key))
+        if known is not None and known.shape == tensors[name].shape:
+            if not torch.equal(known.float(), tensors[name].float()):
+                raise CheckpointError(
+                    f"{path} holds another {key!r} than the base; give the base it was trained on"
+                )
+            count += 1
+    return count
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Names of weights that are one tensor under several names."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
 
 
 def factored(

@@ -29,6 +29,7 @@ from benchmark.io.tensorfiles import TensorFile
 _HF, _HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 _CLIP = "open_clip_model.safetensors"
 CONFIGS = ("config.json", CLIP_CONFIG)
+_ADAPTER = "adapter_config.json"
 # Weights in another format would release the unprotected expert beside the protected one.
 _WEIGHTS = (
     *tensorfiles.PICKLES, ".safetensors", ".safetensors.index.json", ".bin.index.json", ".onnx",
@@ -160,7 +161,7 @@ def check_out(out: Path, sources: Sequence[Path], force: bool) -> None:
         raise UsageError(f"--out {out} is not a folder; choose another name")
     if not any(out.iterdir()):
         return
-    if not any((out / config).is_file() for config in (*CONFIGS, "adapter_config.json")):
+    if not any((out / config).is_file() for config in (*CONFIGS, _ADAPTER)):
         raise UsageError(f"--out {out} holds other files; choose an empty or a new folder")
     if not force:
         raise UsageError(f"--out {out} already holds a checkpoint; add --force to replace it")
@@ -200,12 +201,13 @@ def _check_folder(path: Path) -> None:
             f"no such folder: {path}; fetch a hub model with 'hf download ID --local-dir DIR'"
         )
     if not any((path / name).is_file() for name in CONFIGS):
-        adapter = (path / "adapter_config.json").is_file()
-        remedy = (
-            "it is an adapter: give its base where a base is asked for"
-            if adapter
-            else "add the model's config.json"
-        )
+        inside = sorted(f for name in (*CONFIGS, _ADAPTER) for f in path.glob(f"*/{name}"))
+        if (path / _ADAPTER).is_file():
+            remedy = "it is an adapter: give its base where a base is asked for"
+        elif inside:
+            remedy = f"give the folder inside it that has one: {inside[0].parent}"
+        else:
+            remedy = "add the model's config.json"
         raise CheckpointError(f"{path} has no config.json (nor {CLIP_CONFIG}); {remedy}")
 
 

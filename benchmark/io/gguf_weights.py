@@ -29,7 +29,7 @@ def model(path: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     found = _read(AutoModelForCausalLM, path, dtype=torch.float32)
-    return found.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return found.eval().requires_grad_(False)
 
 
 def tokenizer(path: Path) -> Any:

@@ -1,21 +1,69 @@
-"""Random valid inputs of any loaded folder, by its configuration and the arguments it takes."""
+"""Random valid inputs of any loaded folder, by its configuration, and what it makes of them."""
 
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmark.core.errors import first_line
 from benchmark.io.folders import Checkpoint
 
+log = logging.getLogger(__name__)
+
+#: What a model may raise that asks for inputs of a kind of its own.
+_UNKNOWN = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+_OUTPUTS = ("logits", "logits_per_image", "image_embeds", "text_embeds", "last_hidden_state")
 _LENGTH = 16
 #: Pixels a side where the configuration sets none, as of convolutional models.
 _SIDE = 64
 #: What configurations of several parts call the one that sees, hears, reads or writes.
 _EYES = ("vision_config", "encoder", "backbone_config")
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
+
+
+def valid_inputs(checkpoint: Checkpoint, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs that the model runs on; empty, and said so, where it asks for others."""
+    try:
+        inputs = random_inputs(checkpoint, torch.Generator().manual_seed(seed))
+        if inputs:
+            with torch.inference_mode():
+                outputs(checkpoint.model, inputs)
+    except _UNKNOWN as error:
+        log.warning("outputs were not compared: %s", first_line(error))
+        return {}
+    return inputs
+
+
+def outputs(
+    model: nn.Module, inputs: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """Logits, or features where the model has no head, of its own weights or those of a State.
+
+    (n, m) float32 on the CPU. Half-precision weights are computed with in float32, so that only
+    what is stored counts.
+    """
+    held = dict(model.state_dict()) if state is None else state
+    device = next(iter(held.values())).device
+    model = model.float().to(device)
+    arguments = {key: value.to(device) for key, value in inputs.items()}
+    if state is None:
+        result = model(**arguments)
+    else:
+        wide = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        result = torch.func.functional_call(model, wide, kwargs=arguments)
+    if isinstance(result, Mapping):
+        named = [result[key] for key in _OUTPUTS if result.get(key) is not None][:1]
+    else:
+        named = list(result)
+    values = named or list(result.values())
+    n = len(next(iter(inputs.values())))
+    kept = [v for v in values if isinstance(v, Tensor) and v.ndim > 1 and len(v) == n]
+    return torch.cat([v.reshape(n, -1) for v in kept], dim=1).float().cpu()
 
 
 def random_inputs(
