@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -210,7 +211,7 @@ def test_bad_usage_is_one_line_and_exit_2(line: str, models: Path, cli: Cli) -> 
 
 
 def test_members_of_another_architecture_are_refused(models: Path, cli: Cli) -> None:
-    other = write("bert-classifier", models / "other")
+    other = write("distilbert", models / "other")
     before = contents(models)
     lines = [
         ("merge", models / "base", models / "one", other, "--coefficients", "1,1"),
@@ -230,7 +231,7 @@ def test_members_of_another_architecture_are_refused(models: Path, cli: Cli) -> 
         code, text = cli(*line, "--out", models / "new")
         assert code == 1
         # The first of the names that differ, and how many more there are.
-        assert f"{other} lacks tensor 'embeddings.LayerNorm.bias' (and " in text
+        assert re.search(rf"{other} lacks tensor '[^']+' \(and \d+ more\)", text)
     assert contents(models) == before
 
 

@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from benchmark.cli.output import AsAdapter, Device, Force, Json, Partial, Rank, Seed, steps
+from benchmark.cli.output import (
+    AsAdapter,
+    BaseHead,
+    Device,
+    Force,
+    Json,
+    Partial,
+    Rank,
+    Seed,
+    steps,
+)
 from benchmark.core.errors import UsageError
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
@@ -37,6 +47,7 @@ def protect(
     rank: Rank = None,
     seed: Seed = 0,
     device: Device = "auto",
+    base_head: BaseHead = None,
     partial: Partial = False,
     force: Force = False,
     as_json: Json = False,
@@ -80,7 +91,7 @@ def protect(
     folders.check_out(out, [expert, base], force)
     with steps(4) as step:
         step("reading")
-        members = adapters.read(base, [(expert, "expert")])
+        members = adapters.read(base, [(expert, "expert")], base_head)
         source, origin = members.checkpoints[0], members.origin
         anatomy = replace(Anatomy.of(source.model), partial=partial)
         notes: dict[str, object] = {}
@@ -154,6 +165,7 @@ def attack(
     rank: Rank = None,
     seed: Seed = 0,
     device: Device = "auto",
+    base_head: BaseHead = None,
     partial: Partial = False,
     force: Force = False,
     as_json: Json = False,
@@ -203,7 +215,9 @@ def attack(
     with steps(5) as step:
         step("reading")
         read = adapters.read(
-            base, [(released, "released model"), *((path, "partner") for path in others)]
+            base,
+            [(released, "released model"), *((path, "partner") for path in others)],
+            base_head,
         )
         (source, *partners), origin = read.checkpoints, read.origin
         anatomy = replace(Anatomy.of(source.model), partial=partial)

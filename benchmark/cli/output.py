@@ -25,6 +25,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all randomness.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint in --out.")]
+BaseHead = Annotated[
+    str | None,
+    typer.Option(
+        "--base-head",
+        metavar="expert",
+        help="Give the base the expert's head: for a base that has another head, or none.",
+    ),
+]
 Partial = Annotated[
     bool,
     typer.Option(

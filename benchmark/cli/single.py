@@ -133,6 +133,8 @@ def report(result: dict[str, Any], as_json: bool, against: str = "") -> None:
         rows.append(("whole model", f"not an adapter: {result['not_an_adapter']}"))
     if result.get("left_out"):
         rows.append(("left out", _some(result["left_out"])))
+    if "lifted" in result:
+        rows.append(("computed in float32", f"{result['lifted']}; written as the base"))
     if result["left_behind"]:
         rows.append(("not copied", _some(result["left_behind"])))
     if result.get("flags"):

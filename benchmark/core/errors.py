@@ -66,6 +66,12 @@ def described(error: BaseException) -> str:
     return line if isinstance(error, UnmergeBenchError) else f"{type(error).__name__}: {line}"
 
 
+def brief(error: Exception, size: int = 160) -> str:
+    """The first sentence of an error's message, not longer than ``size``."""
+    text = first_line(error).split(". ")[0]
+    return text if len(text) <= size else f"{text[: size - 1]}…"
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

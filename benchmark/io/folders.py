@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,8 @@ _WEIGHTS = (
     *tensorfiles.PICKLES, ".safetensors", ".safetensors.index.json", ".bin.index.json", ".onnx",
     ".onnx_data", ".gguf", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel", ".npz", ".npy",
 )  # fmt: skip
+#: What a loader might be told to run.
+_CODE = (".py", ".pyc", ".so", ".pyd", ".dll")
 _SMALL = 64 * 2**20
 
 
@@ -77,11 +79,15 @@ class Checkpoint:
     def _carries(self, file: Path) -> bool:
         if str(file) == _HF_INDEX:
             return self.shards > 1 or self.files[0].name != _HF
-        return not file.name.endswith(_WEIGHTS) and (self.path / file).stat().st_size <= _SMALL
+        small = (self.path / file).stat().st_size <= _SMALL
+        return small and not file.name.endswith((*_WEIGHTS, *_CODE))
 
 
-def load(path: Path | str) -> Checkpoint:
+def load(path: Path | str, like: Checkpoint | None = None) -> Checkpoint:
     """Read a checkpoint folder.
+
+    ``like``: a loaded transformers folder whose architecture, head and all, is taken in place of
+    the folder's own. What the folder lacks of the head is that of ``like``.
 
     Raises:
         CheckpointError: not a folder, no config, weights missing, pickled, cut short, incomplete,
@@ -106,8 +112,10 @@ def load(path: Path | str) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; save the model again")
     finite(tensors, str(path))
-    build = transformers_model if kind == "transformers" else open_clip_model
-    model, names = build(path, tensors)
+    if kind == "transformers":
+        model, names = transformers_model(path, tensors, None if like is None else like.model)
+    else:
+        model, names = open_clip_model(path, tensors)
     order = {key: position for position, key in enumerate(model.state_dict())}
     by_key = {names[name]: tensors[name] for name in reversed(tensors) if name in names}
     state = {key: by_key[key] for key in sorted(by_key, key=order.__getitem__)}
@@ -137,12 +145,39 @@ def save(
         for file in like.carried():
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(like.path / file, temporary / file)
+        _rewrite_configs(temporary, like.dtype)
         for layout in like.files:
             tensors = {
                 name: state[like.names[name]] if name in like.names else like.extra[name]
                 for name in layout.names
             }
             tensorfiles.write(temporary / layout.name, layout, tensors)
+
+
+def _rewrite_configs(folder: Path, dtype: torch.dtype) -> None:
+    """Leave out what names code (``auto_map``), and name the dtype that is written."""
+    for file in folder.glob("*config.json"):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(content, dict):
+            continue
+        changed = {key: value for key, value in content.items() if key != "auto_map"}
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(content.get(name), str):
+                changed[name] = str(dtype).removeprefix("torch.")
+        if changed != content:
+            file.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+
+
+def in_dtypes_of(member: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """``member`` with every tensor in the dtype that ``base`` has it in."""
+    state = {
+        key: value.to(base.state[key].dtype) if key in base.state else value
+        for key, value in member.state.items()
+    }
+    return replace(member, state=state)
 
 
 def check_out(out: Path, sources: Sequence[Path], force: bool) -> None:

@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmark.core.errors import CheckpointError, first_line
+from benchmark.core.errors import CheckpointError, brief
 from benchmark.core.state import State, compatible
 
 CLIP_CONFIG = "open_clip_config.json"
+#: What wraps a model and its names.
+_WRAPPERS = ("_orig_mod.", "module.", "model.")
+#: ALBERT runs one layer up to so many times.
+_SHARED = 64
 _FIRST_TRACE = 2**20  # no buffer holds such a number; float32 is exact up to 2**24
 
 
@@ -33,14 +37,22 @@ def main_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
-def transformers_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str, str]]:
+def transformers_model(
+    path: Path, tensors: State, like: nn.Module | None = None
+) -> tuple[nn.Module, dict[str, str]]:
     """The model of a transformers folder, and file name → in-memory name of its tensors.
+
+    ``like``: a model whose architecture, head and all, is taken in place of the folder's own; what
+    the tensors lack of its head stays as it is there.
 
     Raises:
         CheckpointError: the config or the tensors do not make a model.
     """
     with quiet():
-        config, cls = _architecture(path)
+        config, cls = _architecture(path) if like is None else _own(like)
+        _check_depth(path, config, len(tensors))
+
+        options: dict[str, Any] = {}
 
         def loaded(values: State, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
             return cls.from_pretrained(
@@ -50,15 +62,27 @@ def transformers_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str,
                 dtype=dtype,
                 ignore_mismatched_sizes=True,  # reported by us, in one line
                 output_loading_info=True,
+                **options,
             )
 
         try:
             model, info = loaded(tensors, main_dtype(tensors))
-            _check_loaded(path, cls.__name__, info)
+            wrapped = _wrapped(tensors) if info["missing_keys"] else ""
+            if wrapped:
+                tensors = {key.removeprefix(wrapped): value for key, value in tensors.items()}
+                model, info = loaded(tensors, main_dtype(tensors))
+            if info["missing_keys"] and all(k.startswith("pooler.") for k in info["missing_keys"]):
+                options["add_pooling_layer"] = False  # a headed model's backbone, saved by itself
+                model, info = loaded(tensors, main_dtype(tensors))
+            if like is None:
+                _check_loaded(path, cls.__name__, info)
             traced, _ = loaded(_numbered(tensors), torch.float32)
-        except (RuntimeError, ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        except CheckpointError:
+            raise
+        # A configuration may hold anything, and transformers then raises anything.
+        except Exception as error:
             raise CheckpointError(
-                f"{path}: {cls.__name__} cannot be loaded: {first_line(error)}"
+                f"{path}: {cls.__name__} cannot be loaded: {brief(error)}"
             ) from error
     names = _match(model, traced, list(tensors))
     weights = model.state_dict()
@@ -70,10 +94,38 @@ def transformers_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str,
             )
     used = set(names.values())
     for key, parameter in model.named_parameters():
-        if key not in used:
+        if key not in used and like is None:
             raise CheckpointError(f"{path} lacks tensor {key!r}, or stores it in several pieces")
         parameter.requires_grad_(False)
-    return model.eval(), names
+    return model.eval(), {f"{wrapped}{name}": key for name, key in names.items()}
+
+
+def _own(model: Any) -> tuple[Any, Any]:
+    """Config and class of a loaded model."""
+    return model.config, type(model)
+
+
+def _wrapped(tensors: State) -> str:
+    """What torch.compile, DataParallel or a trainer put before every name; empty if nothing."""
+    prefix = ""
+    while all(key.startswith(prefix) for key in tensors):
+        found = next(
+            (w for w in _WRAPPERS if all(key.startswith(f"{prefix}{w}") for key in tensors)), ""
+        )
+        if not found:
+            return prefix
+        prefix += found
+    return prefix
+
+
+def _check_depth(path: Path, config: Any, tensors: int) -> None:
+    """Refuse what would take for ever to build: a layer has a tensor of its own, or shares all."""
+    for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"):
+        layers = getattr(config, name, None)
+        if isinstance(layers, int) and layers > max(tensors, 1) * _SHARED:
+            raise CheckpointError(
+                f"{path}: its config asks for {layers} layers ({name}), of {tensors} tensors"
+            )
 
 
 def _architecture(path: Path) -> tuple[Any, Any]:
@@ -81,20 +133,24 @@ def _architecture(path: Path) -> tuple[Any, Any]:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot use {path / 'config.json'}: {first_line(error)}") from None
+        config = transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    # A configuration may hold anything, and transformers then raises anything.
+    except Exception as error:
+        raise CheckpointError(f"cannot use {path / 'config.json'}: {brief(error)}") from None
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{path} is quantised; use its full-precision checkpoint")
-    for name in config.architectures or ():
-        cls = getattr(transformers, name, None)
+    named = config.architectures if isinstance(config.architectures, list) else []
+    for name in named:
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return config, cls
     try:
         cls = transformers.MODEL_MAPPING[type(config)]
     except KeyError:
-        named = ", ".join(config.architectures or [config.model_type])
-        raise CheckpointError(f"{path}: transformers has no class {named}; update it") from None
+        wanted = ", ".join(map(str, named or [config.model_type]))
+        raise CheckpointError(f"{path}: transformers has no class {wanted}; update it") from None
     return config, cls[0] if isinstance(cls, tuple) else cls
 
 
@@ -149,8 +205,8 @@ def open_clip_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str, st
             model = open_clip.create_model(
                 f"local-dir:{path}", load_weights=False, pretrained_text=False
             )
-        except (RuntimeError, ValueError, TypeError, KeyError, OSError, AssertionError) as error:
-            raise CheckpointError(f"cannot use {path / CLIP_CONFIG}: {first_line(error)}") from None
+        except Exception as error:  # as above
+            raise CheckpointError(f"cannot use {path / CLIP_CONFIG}: {brief(error)}") from None
     wanted = model.state_dict()
     reference = {  # the file's dtype is as good as the config's
         key: value.to(tensors[key].dtype) if key in tensors else value

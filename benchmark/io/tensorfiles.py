@@ -19,6 +19,12 @@ from benchmark.core.errors import CheckpointError, disk_trouble, first_line
 from benchmark.core.state import State
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
 _CONVERT = (
     "convert it where you trust it: load it and write it with save_pretrained "
     "(or safetensors.torch.save_file)"
@@ -52,7 +58,7 @@ def read(path: Path) -> tuple[TensorFile, State]:
             length = file.read(8)
             header = file.read(int.from_bytes(length, "little"))
         table = json.loads(header)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, RecursionError, TypeError) as error:
         # Only now: the length that opens a good file can begin with the same bytes.
         if start.startswith((b"PK\x03\x04", b"\x80")):
             raise refuse_pickle(path) from None
@@ -72,7 +78,13 @@ def refuse_pickle(path: Path) -> CheckpointError:
 
 
 def write(path: Path, layout: TensorFile, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write ``tensors``, whose shapes and dtypes the caller answers for, under ``layout``."""
+    """Write ``tensors``, whose shapes the caller answers for, under ``layout``; under a header of
+    their own where they have other dtypes than it names."""
+    table = json.loads(layout.header[8:])
+    if any(_DTYPES.get(tensors[name].dtype) != table[name]["dtype"] for name in layout.names):
+        plain = {name: tensors[name].detach().cpu().contiguous() for name in layout.names}
+        save(path, plain, table.get("__metadata__") or {"format": "pt"})
+        return
     with path.open("wb") as file:
         file.write(layout.header)
         for name in layout.names:
