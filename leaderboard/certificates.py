@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmark.core.records import Cell
+from benchmark.evaluation.soundness import measured
 from benchmark.reporting.board import TIERS, Tier, clip
-from leaderboard.entry import Certificate, Entry, measured
+from leaderboard.entry import Certificate, Entry
 from leaderboard.runs import board
 
 #: So much less protection, in points of 1, makes a stronger attack; less is chance.

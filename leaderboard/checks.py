@@ -13,13 +13,14 @@ from typing import Any
 from benchmark.api.contracts import Access
 from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell
+from benchmark.evaluation.soundness import measured
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import suite as suites
 from benchmark.pipeline.plan import unique
 from benchmark.pipeline.suite import Suite
 from leaderboard import figures, trust
 from leaderboard.certificates import same_release, without_merit
-from leaderboard.entry import Certificate, Entry, asked_of, measured
+from leaderboard.entry import Certificate, Entry, asked_of
 from leaderboard.noise import difference, flips
 
 Place = tuple[str, tuple[str, ...], int, str, str]

@@ -16,8 +16,8 @@ from math import ceil
 
 from benchmark.core.records import Cell
 from benchmark.evaluation.scoring import Gains
+from benchmark.evaluation.soundness import measured
 from leaderboard import noise
-from leaderboard.entry import measured
 from leaderboard.noise import Leaning, difference, flips
 
 #: A cell as stated, and as it came out here.

@@ -22,19 +22,14 @@ from pydantic import (
 )
 
 from benchmark.api.contracts import Card
-from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.keys import sha
 from benchmark.core.records import Cell
-from benchmark.evaluation.scoring import Gains
-from benchmark.evaluation.statistics import MODELS, unpack_bits
+from benchmark.evaluation.soundness import measured, unfit
 from benchmark.pipeline.suite import Suite
 from leaderboard.strict import UNSEEN
 
 #: That of the cells it holds: 1 could not say which cells count, nor recompute utility.
 SCHEMA_VERSION = 2
-
-#: Whose outcomes on every task of the cell it holds; and ``released``, on the victim's alone.
-GROUPS = (*MODELS, "base")
 
 Sha = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 #: Cells that one suite may ask of one defense.
@@ -207,37 +202,10 @@ def _fits(cell: Cell, test: int) -> None:
     """Refuse a cell that aggregation could stumble over."""
     for free in ("setting", "merged_setting", "ensemble", "notes"):
         _small(getattr(cell, free), free)
-    if cell.ensemble and not isinstance(cell.ensemble.get("winner"), str):
-        raise ValueError("an ensemble without a winner")
-    if any(accuracy.keys() != {"released", "expert"} for accuracy in cell.benign.values()):
-        raise ValueError("benign use without released and expert")
-    if not measured(cell):
-        if any(getattr(cell, name) not in (None, {}, []) for name in _FIGURES):
-            raise ValueError(f"a cell with status {cell.status} holds figures")
-        return
-    if Gains.of(cell) is None:
-        raise ValueError("a measured cell without its gains")
-    if (cell.protection is None) != (cell.status == "no-benefit"):
-        raise ValueError(f"a cell with status {cell.status} and protection {cell.protection}")
-    tasks = {cell.victim, *cell.partners}
-    wanted = {**dict.fromkeys(GROUPS, tasks), "released": {cell.victim}}
-    if {model: set(outcomes) for model, outcomes in cell.correct.items()} != wanted:
-        raise ValueError("outcomes of other models or tasks than the cell's")
-    if cell.expert_accuracy.keys() != tasks:
-        raise ValueError("accuracies of other tasks than the cell's")
-    for task in tasks:
-        packed = [outcomes[task] for outcomes in cell.correct.values() if task in outcomes]
-        if max(map(len, packed)) > test // 4 + 4:
-            raise ValueError("more outcomes than the suite has test examples")
-        try:
-            sizes = {len(unpack_bits(text)) for text in packed}
-            right = unpack_bits(cell.correct["expert"][task])
-        except UnmergeBenchError as error:
-            raise ValueError(str(error)) from None
-        if len(sizes) > 1 or not right.any():
-            raise ValueError(f"outcomes on {task!r} differ in number, or the expert has none right")
-
-
-def measured(cell: Cell) -> bool:
-    """Whether it holds figures."""
-    return cell.status in ("ok", "no-benefit")
+    texts = [text for outcomes in cell.correct.values() for text in outcomes.values()]
+    if max(map(len, texts), default=0) > test // 4 + 4:
+        raise ValueError("more outcomes than the suite has test examples")
+    if problem := unfit(cell):
+        raise ValueError(problem)
+    if not measured(cell) and any(getattr(cell, f) not in (None, {}, []) for f in _FIGURES):
+        raise ValueError(f"a cell with status {cell.status} holds figures")

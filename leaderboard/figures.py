@@ -15,35 +15,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterator
 
 from benchmark.api.contracts import Access, Attack, Card, Ensemble, Merger
 from benchmark.core.errors import MethodError
 from benchmark.core.records import Cell
 from benchmark.evaluation.benign import USES
 from benchmark.evaluation.flags import FLAGS, of_cell
-from benchmark.evaluation.scoring import (
-    SITUATIONS,
-    Gains,
-    accuracies,
-    gain,
-    is_release,
-    normalized,
-)
-from benchmark.evaluation.statistics import ratio_protection, unpack_bits
+from benchmark.evaluation.soundness import contradictions, measured, same
+from benchmark.evaluation.statistics import unpack_bits
 from benchmark.pipeline.suite import Suite
-from leaderboard.entry import measured
 
-#: Figures are recomputed from the same outcomes by the same arithmetic.
-EXACTLY = 1e-9
 #: The one flag that no figure of a cell shows.
 FROM_WEIGHTS = {"norm-blow-up"}
 _SHA = re.compile(r"[0-9a-f]{64}")
-
-Bits = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def problems(cell: Cell, suite: Suite, attack: Attack, merger: Merger, card: Card) -> Iterator[str]:
@@ -62,11 +47,8 @@ def problems(cell: Cell, suite: Suite, attack: Attack, merger: Merger, card: Car
         merges = "merges" if cell.status == "skipped" else "does not merge"
         yield f"status {cell.status}, but {cell.merger} {merges} so many models"
     elif measured(cell):
-        bits = {
-            who: {task: unpack_bits(text) for task, text in outcomes.items()}
-            for who, outcomes in cell.correct.items()
-        }
-        yield from _of_outcomes(cell, suite, bits)
+        yield from _of_sizes(cell, suite)
+        yield from contradictions(cell)
         yield from _of_choices(cell)
         yield from _of_shares(cell, suite)
         yield from _of_attack(cell, attack, merger)
@@ -82,40 +64,10 @@ def _skipped(cell: Cell, merger: Merger) -> bool:
     return False
 
 
-def _of_outcomes(cell: Cell, suite: Suite, bits: Bits) -> Iterator[str]:
-    expert, attacked = bits["expert"], bits["attacked"]
-    if len(expert[cell.victim]) != cell.n_test or cell.n_test > suite.test:
-        yield f"{len(expert[cell.victim])} outcomes, n_test {cell.n_test}, suite {suite.test}"
-    own, utility = accuracies(expert), accuracies(bits["released"])[cell.victim]
-    alone = is_release(cell.outside_choice)
-    gains = Gains.made((gain(bits[who], expert) for who in SITUATIONS), alone=alone)
-    left = gains.protection
-    interval = (
-        None
-        if left is None
-        else ratio_protection(cell.correct, alone=alone, scope=cell.testbed).interval
-    )
-    if cell.status != gains.status:
-        yield f"status {cell.status} does not follow from its gains"
-    pairs: list[tuple[str, Any, Any]] = [
-        ("accuracy", cell.accuracy, accuracies(attacked)),
-        ("expert_accuracy", cell.expert_accuracy, own),
-        ("zero_shot", cell.zero_shot, accuracies(bits["base"])),
-        ("normalized", cell.normalized, normalized(accuracies(attacked), own)),
-        ("gain", cell.gain, gains.attacked),
-        ("gain_undefended", cell.gain_undefended, gains.undefended),
-        ("gain_outside", cell.gain_outside, gains.outside),
-        ("gain_reference", cell.gain_reference, gains.reference),
-        ("protection", cell.protection, left),
-        ("interval", cell.protection_ci, interval),
-        ("utility", cell.utility, utility),
-        ("utility_drop", cell.utility_drop, own[cell.victim] - utility),
-    ]
-    if cell.merged_accuracy:
-        pairs.append(("merged_accuracy", cell.merged_accuracy, cell.accuracy))
-    for name, stated, follows in pairs:
-        if not _same(stated, follows):
-            yield f"{name} does not follow from its outcomes"
+def _of_sizes(cell: Cell, suite: Suite) -> Iterator[str]:
+    n = _examples(cell, cell.victim)
+    if n != cell.n_test or cell.n_test > suite.test:
+        yield f"{n} outcomes, n_test {cell.n_test}, suite {suite.test}"
 
 
 def _of_choices(cell: Cell) -> Iterator[str]:
@@ -140,7 +92,7 @@ def _of_choices(cell: Cell) -> Iterator[str]:
         return
     if cell.sha256.recovered != cell.sha256.released:
         yield "no attack, yet what was recovered is not the release"
-    elif not cell.changes_modules and not _same(cell.standalone, cell.utility):
+    elif not cell.changes_modules and not same(cell.standalone, cell.utility):
         yield "no attack, yet the recovered model alone is not the release"
 
 
@@ -216,17 +168,3 @@ def _examples(cell: Cell, task: str) -> int:
 def _counted(share: float, n: int) -> bool:
     """Whether a share is k/n for a whole 0 ≤ k ≤ n."""
     return 0 <= share <= 1 and abs(share * n - round(share * n)) < 1e-6
-
-
-def _same(stated: Any, follows: Any) -> bool:
-    if isinstance(follows, dict):
-        return (
-            isinstance(stated, dict)
-            and stated.keys() == follows.keys()
-            and all(_same(stated[key], value) for key, value in follows.items())
-        )
-    if isinstance(follows, tuple):
-        return stated is not None and all(map(_same, stated, follows))
-    if follows is None or stated is None:
-        return stated is follows
-    return bool(np.isclose(stated, follows, rtol=0, atol=EXACTLY))

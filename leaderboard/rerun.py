@@ -12,10 +12,11 @@ from typing import Literal
 
 from benchmark.core.paths import cache
 from benchmark.core.records import Cell
+from benchmark.evaluation.soundness import measured
 from benchmark.pipeline.suite import Group, Suite
 from leaderboard import trust
 from leaderboard.checks import Place, place
-from leaderboard.entry import Entry, measured
+from leaderboard.entry import Entry
 
 #: How many cells: a number, or every one.
 Count = int | Literal["all"]

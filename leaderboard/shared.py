@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.records import Cell
+from benchmark.evaluation.soundness import measured
 from leaderboard import folder
 from leaderboard.checks import Place, buys_nothing, place, words
-from leaderboard.entry import Entry, measured
+from leaderboard.entry import Entry
 from leaderboard.noise import Leaning, difference, flips
 
 #: Groups of outcomes that no defense has a part in.

@@ -16,11 +16,12 @@ from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UnmergeBenchError, UsageError
 from benchmark.core.paths import write_text
 from benchmark.core.records import Cell
+from benchmark.evaluation.soundness import measured
 from benchmark.pipeline import apart
 from benchmark.pipeline import suite as suites
 from benchmark.pipeline.suite import Suite
 from leaderboard import checks, folder, trust
-from leaderboard.entry import Entry, Method, Subjects, SuiteId, asked_of, measured
+from leaderboard.entry import Entry, Method, Subjects, SuiteId, asked_of
 from leaderboard.runs import Run, read
 
 #: Facts of run.json that tell where and with what a run was made.

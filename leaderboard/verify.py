@@ -13,9 +13,10 @@ from typing import Any, Literal
 from benchmark.api import methods
 from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell
+from benchmark.evaluation.soundness import measured
 from leaderboard import checks, folder, shared, trust
 from leaderboard.differences import Pair, differences, may_differ, together
-from leaderboard.entry import Entry, measured
+from leaderboard.entry import Entry
 from leaderboard.rerun import Count, again, choose, empty_store
 from leaderboard.shared import Dispute
 

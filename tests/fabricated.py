@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmark.api.contracts import Card
 from benchmark.core.records import SCHEMA_VERSION, Cell, Seconds, Spent
-from benchmark.evaluation.scoring import Gains
-from benchmark.evaluation.statistics import pack_bits, ratio_protection
+from benchmark.evaluation import soundness
+from benchmark.evaluation.statistics import pack_bits
 
 LABELED = {"finetune-recovery"}
 UNLABELED = {"layer-refit"}
@@ -87,12 +87,6 @@ def cell(
     )
     correct["base"] = {task: outcomes(value, n, rng) for task, value in ZERO_SHOT.items()}
     correct["released"] = {"r8": outcomes(utility, n, rng)}
-    gains = Gains(
-        *(
-            sum(round(v[t] * n) / round(EXPERT[t] * n) for t in EXPERT) / 2
-            for v in (attacked, UNDEFENDED, outside, reference)
-        )
-    )
     made: dict[str, object] = {
         "key": f"{defense}|{attack}|{merger}|{seed}",
         "testbed": "minilm",
@@ -108,19 +102,7 @@ def cell(
         if attack in UNLABELED
         else "weights",
         "outside_choice": "base" if same else "released alone",
-        "accuracy": attacked,
-        "status": gains.status,
-        "gain": gains.attacked,
-        "gain_undefended": gains.undefended,
-        "gain_outside": gains.outside,
-        "gain_reference": gains.reference,
-        "protection": gains.protection,
-        "protection_ci": ratio_protection(correct, scope="minilm").interval,
-        "merged_accuracy": attacked,
         "fixed": {"0.3": {"r8": 0.5, "bbc": 0.9}, "0.8": {"r8": 0.7, "bbc": 0.8}},
-        "expert_accuracy": EXPERT,
-        "zero_shot": ZERO_SHOT,
-        "utility": round(utility * n) / n,
         "standalone": round(utility * n) / n,
         "logit_gap": gap,
         "correct": correct,
@@ -129,6 +111,8 @@ def cell(
         "seconds": Seconds(protect=0.4, recover=0.2),
         "budget": Spent(examples=128 if attack in LABELED else 0),
     }
+    figures = soundness.follows(Cell(**made))  # type: ignore[arg-type]
+    made |= {**figures, "merged_accuracy": figures["accuracy"]}
     return Cell(**{**made, **fields})  # type: ignore[arg-type]
 
 

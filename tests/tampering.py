@@ -99,7 +99,7 @@ READ: Mapping[str, tuple[Change, str]] = {
 BY_ITS_CELLS: Mapping[str, tuple[Change, str]] = {
     "an accuracy": (one(inside("accuracy", r8=0.11)), "accuracy does not follow"),
     "a protection": (one(update(protection=0.99)), "protection does not follow"),
-    "an interval": (one(update(protection_ci=[0.9, 1.0])), "interval does not follow"),
+    "an interval": (one(update(protection_ci=[0.9, 1.0])), "protection_ci does not follow"),
     "G of the reference": (one(update(gain_reference=0.99)), "gain_reference does not follow"),
     "the utility": (every(update(utility=1.0)), "utility does not follow"),
     "a loss of 5 points said to be none": (

@@ -42,6 +42,16 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def set_aside(path: Path) -> Path:
+    """Give a damaged file another name, under which it is kept; an earlier one is kept, too."""
+    number, aside = 1, path.with_suffix(".damaged")
+    while aside.exists():
+        number += 1
+        aside = path.with_suffix(f".damaged-{number}")
+    path.replace(aside)
+    return aside
+
+
 def sweep(path: Path) -> None:
     """Remove what killed writers of ``path`` left. Only for the one who may write to it now."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.????????"):

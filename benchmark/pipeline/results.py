@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from benchmark.core.errors import disk_trouble
 from benchmark.core.keys import sha
-from benchmark.core.paths import writable
+from benchmark.core.paths import set_aside, writable
 
 log = logging.getLogger(__name__)
 
@@ -113,12 +113,7 @@ class Results:
 
     def _renew(self, error: Exception) -> None:
         """Set the damaged file aside and open a new one with what can be read of it."""
-        aside = self._path.with_suffix(".damaged")
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = self._path.with_suffix(f".damaged-{number}")
-        self._path.replace(aside)
+        aside = set_aside(self._path)
         with suppress(FileNotFoundError):  # what is in the log belongs to the file
             Path(f"{self._path}-wal").replace(f"{aside}-wal")
         with suppress(FileNotFoundError):

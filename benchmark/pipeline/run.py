@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,14 +16,20 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmark.core.errors import UnmergeBenchError, UsageError
-from benchmark.core.paths import cache, replacing, write_text
+from benchmark.core.paths import cache, replacing, set_aside, sweep, write_text
 from benchmark.core.records import SCHEMA_VERSION, Cell
+from benchmark.evaluation import soundness
 from benchmark.pipeline import apart, identity
 from benchmark.pipeline.plan import Plan, Planned
 from benchmark.pipeline.store import Store
+
+log = logging.getLogger(__name__)
+
+#: What a run that was killed before it wrote anything leaves in its folder.
+_OWN = re.compile(r"\.lock|\.run\.json\..{8}")
 
 #: Hears (finished cells, all cells, newest cell or None) and what is being done now.
 Progress = Callable[[int, int, Cell | None], None]
@@ -31,23 +39,20 @@ def read_cells(folder: Path) -> list[Cell]:
     """The cells of a run folder; a last line cut short by a crash is left out.
 
     Raises:
-        UnmergeBenchError: no cells there, or a line that is damaged.
+        UnmergeBenchError: no cells there, a line that is damaged, or a cell that stands twice.
     """
     path = folder / "cells.jsonl"
-    if not path.is_file():
-        raise UnmergeBenchError(f"{folder} holds no run (no cells.jsonl); name a run folder")
-    text = path.read_text(encoding="utf-8")
-    whole = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
-    cells = []
-    for number, line in enumerate(whole, start=1):
-        try:
-            cells.append(Cell.model_validate_json(line))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise UnmergeBenchError(
-                f"{path}:{number}: {problem['msg']}; delete the line and run again"
-            ) from None
-    return cells
+    cells: dict[str, Cell] = {}
+    for number, found in enumerate(_lines(folder), start=1):
+        if isinstance(found, str):
+            problem = found
+        elif found.key in cells:
+            problem = "a cell that stands twice"
+        else:
+            cells[found.key] = found
+            continue
+        raise UnmergeBenchError(f"{path}:{number}: {problem}; delete the line and run again")
+    return list(cells.values())
 
 
 def judged_cells(folder: Path) -> list[Cell]:
@@ -55,29 +60,70 @@ def judged_cells(folder: Path) -> list[Cell]:
 
     Raises:
         UnmergeBenchError: as :func:`read_cells`; or made by a version with other rules, whose cells
-            lack what today's verdicts follow from.
+            lack what today's verdicts follow from; or a figure that does not follow from the cell's
+            own outcomes.
     """
     cells = read_cells(folder)
     if any(cell.gain is not None and cell.gain_reference is None for cell in cells):
         raise UnmergeBenchError(
             f"{folder} was made by an earlier version of UnmergeBench; run it again"
         )
+    for number, cell in enumerate(cells, start=1):
+        if problem := next(soundness.problems(cell), None):
+            raise UnmergeBenchError(
+                f"{folder / 'cells.jsonl'}:{number}: {problem}; delete the line and run again"
+            )
     return cells
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """``run.json`` of a run folder."""
-    import json
+def _lines(folder: Path) -> Iterator[Cell | str]:
+    """The cell of each whole line of cells.jsonl, or what is wrong with the line."""
+    path = folder / "cells.jsonl"
+    if not path.is_file():
+        raise UnmergeBenchError(f"{folder} holds no run (no cells.jsonl); name a run folder")
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            yield Cell.model_validate_json(line)
+        except ValidationError as error:
+            yield error.errors(include_url=False, include_input=False)[0]["msg"]
 
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a run folder.
+
+    Raises:
+        UnmergeBenchError: there is none, or it is damaged.
+    """
     path = folder / "run.json"
     if not path.is_file():
         raise UnmergeBenchError(f"{folder} holds no run (no run.json); name a run folder")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        return _Facts.model_validate_json(path.read_bytes()).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, problem["loc"]))
         raise UnmergeBenchError(
-            f"{path} is damaged ({error}); run again into another folder"
+            f"{path} is damaged ({where}{': ' if where else ''}{problem['msg']}); run again into "
+            "another folder: what is in the cache is not computed again"
         ) from None
+
+
+class _Facts(BaseModel):
+    """What run.json may hold. Nothing is required: what needs a fact says so itself."""
+
+    model_config = ConfigDict(extra="allow")
+
+    suite: dict[str, Any] = {}
+    testbed: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    packages: dict[str, Any] = {}
+    git: dict[str, Any] = {}
+    checks: dict[str, Any] | None = None
+    seeds: list[int] = []
+    device: str = ""
+    created: str = ""
+    seconds: float | None = None
+    finished: bool = False
 
 
 def execute(
@@ -115,8 +161,10 @@ def _execute(
     facts: Mapping[str, Any],
 ) -> list[Cell]:
     path = folder / "cells.jsonl"
+    for written in (path, folder / "run.json"):
+        sweep(written)
     wanted = {planned.key for planned in plan.cells}
-    before = read_cells(folder) if path.exists() else []
+    before = _believed(folder) if path.exists() else []
     # Errors are tried again: they may have been the machine's.
     known = {cell.key: cell for cell in before if cell.key in wanted and cell.status != "error"}
     if len(known) == len(wanted) and [c.key for c in before] == [p.key for p in plan.cells]:
@@ -143,6 +191,20 @@ def _execute(
     cells = [known[planned.key] for planned in plan.cells]
     _write_cells(path, cells)
     _write_run(plan, folder, device, time.perf_counter() - start, facts)
+    return cells
+
+
+def _believed(folder: Path) -> list[Cell]:
+    """The cells of a run folder to go on from. If a line is damaged or says what does not follow
+    from its outcomes, the file is kept under another name, and the cell made again."""
+    found = list(_lines(folder))
+    cells = [cell for cell in found if isinstance(cell, Cell) and not any(soundness.problems(cell))]
+    if lost := len(found) - len(cells):
+        path = folder / "cells.jsonl"
+        log.warning(
+            "%s: %d of %d lines are damaged or were edited: kept as %s, their cells made again",
+            path, lost, len(found), set_aside(path).name,
+        )  # fmt: skip
     return cells
 
 
@@ -173,7 +235,7 @@ def _claim(plan: Plan, folder: Path) -> None:
                 f"{folder} holds a run of another suite ({found.get('name')!r}, or an older "
                 f"version of it); choose another folder with --out"
             )
-    elif folder.exists() and any(f for f in folder.iterdir() if f.name != ".lock"):
+    elif folder.exists() and any(not _OWN.fullmatch(f.name) for f in folder.iterdir()):
         raise UsageError(
             f"{folder} is not empty and holds no run; choose another folder with --out"
         )
