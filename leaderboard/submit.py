@@ -187,17 +187,29 @@ def _subjects(run: Run, cells: Sequence[Cell]) -> Subjects:
 
 
 def _write(into: Path, entry: Entry) -> Submitted:
-    """Under the next number of this defense and suite; the one before is superseded."""
+    """Under the next number of this defense and suite; the one before is superseded.
+
+    A submission that is there already, perhaps of a process that was killed before it was through,
+    is only finished.
+    """
     older = list(_versions(into, entry))
-    entry = entry.model_copy(update={"version": f"{entry.suite.name}-{_next(into, entry)}"})
-    path = folder.write(into, entry)
+    known = [before for before in older if _same(before, entry)]
+    number = known[-1].version if known else f"{entry.suite.name}-{_next(into, entry)}"
+    entry = entry.model_copy(update={"version": number})
+    path = folder.path_of(into, entry) if known else folder.write(into, entry)
     for before in older:
-        if before.stands:
+        if before.stands and before.version != entry.version:
             folder.write(into, before.model_copy(update={"superseded_by": entry.version}))
     readme = path.parent / "README.md"
     if not readme.exists():
         write_text(readme, _readme(entry))
     return Submitted(entry, path)
+
+
+def _same(one: Entry, other: Entry) -> bool:
+    """Whether two entries say the same and the first still stands."""
+    silent = {"version", "superseded_by"}
+    return one.stands and one.model_dump(exclude=silent) == other.model_dump(exclude=silent)
 
 
 def _versions(into: Path, entry: Entry) -> Iterator[Entry]:

@@ -10,6 +10,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from zoo import HEADS, HIDDEN, LAYERS, LENGTH, VOCABULARY, WIDTH, tiny
 
+from benchmark.core.outputs import MARKER
+
 _OPEN_CLIP = {
     "embed_dim": 16,
     "vision_cfg": {
@@ -50,9 +52,9 @@ def tensors(file: Path) -> dict[str, Tensor]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder``, by relative path."""
+    """Every file below ``folder`` but the list of what was made, by relative path."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in folder.rglob("*")
-        if file.is_file()
+        if file.is_file() and file.name != MARKER
     }

@@ -234,11 +234,11 @@ def test_old_entries_stay_as_they_are(tmp_path: Path) -> None:
 def test_versions_are_added_and_never_removed(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     for place in (old, new):
-        for _ in range(2):
-            _write(place, small())
+        for credit in ("A", "B"):
+            _write(place, small(credit=credit))
     assert history.compare(old, new) == ([], [])
     assert len(history.compare(tmp_path / "none", new).touched) == 2
-    _write(new, small())
+    _write(new, small(credit="C"))
     changes = history.compare(old, new)
     assert [path.name for path in changes.touched] == ["tiny-3.json"]
     assert not changes.problems

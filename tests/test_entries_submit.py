@@ -163,3 +163,36 @@ def test_a_rerun_uses_that_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {where for _, where in seen} & {mine} == set()
     assert len({where for _, where in seen}) == 1
     assert rerun.choose(entry, 1, 3) == rerun.choose(entry, 1, 3)
+
+
+@pytest.mark.parametrize("writes", [1, 2])
+def test_a_submission_that_was_killed_is_finished_not_made_again(
+    writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its first file, and after it has superseded the version before."""
+    into = tmp_path / "entries"
+    marks = {"mergelock": {"source": SOURCE, "passed": True, "failed": []}}
+    place = run(tmp_path, marks)
+    submit(place, into, credit="before")
+    write, done = folder.write, []
+
+    def killed(home: Path, entry: Any) -> Path:
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(entry)
+        return write(home, entry)
+
+    monkeypatch.setattr(folder, "write", killed)
+    if writes == 1:
+        with pytest.raises(KeyboardInterrupt):
+            submit(place, into)
+    else:
+        submit(place, into)
+    monkeypatch.setattr(folder, "write", write)
+    for _ in range(2):
+        (made,) = submit(place, into)
+        assert made.path.name == "tiny-2.json"
+        first, second = (folder.read(into / "mergelock" / f"tiny-{n}.json") for n in (1, 2))
+        assert first.superseded_by == "tiny-2"
+        assert second.stands
+        assert len(list(made.path.parent.glob("*.json"))) == 2

@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmark.anatomy import Anatomy
 from benchmark.core.errors import CheckpointError, UnmergeBenchError, UsageError
+from benchmark.core.outputs import MARKER
 from benchmark.core.state import norm_growth
 from benchmark.evaluation import probe
 from benchmark.io import folders
@@ -305,6 +306,8 @@ def test_force_replaces_a_checkpoint_whole(bert: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     folders.save(loaded.state, loaded, out)
     (out / "stale.txt").write_text("from before")
+    made = json.loads((out / MARKER).read_text())
+    (out / MARKER).write_text(json.dumps([*made, "stale.txt"]))  # as an earlier version made it
     with pytest.raises(UsageError, match="add --force"):
         folders.save(loaded.state, loaded, out)
     folders.save(loaded.state, loaded, out, force=True)

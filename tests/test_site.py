@@ -304,7 +304,7 @@ def test_out_is_never_a_folder_of_something_else(tmp_path: Path) -> None:
     mine.mkdir()
     build(home, mine)  # empty is fine
     (mine / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds thesis\.txt, which no build made"):
+    with pytest.raises(UsageError, match=r"holds thesis\.txt, which was not made here"):
         build(home, mine)
     assert (mine / "thesis.txt").read_text() == "mine"
     (mine / "thesis.txt").unlink()
@@ -312,7 +312,7 @@ def test_out_is_never_a_folder_of_something_else(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "index.html").write_text("mine")
-    with pytest.raises(UsageError, match="which no build made"):
+    with pytest.raises(UsageError, match="which was not made here"):
         build(home, other)
     with pytest.raises(UsageError, match="is no folder"):
         build(home, other / "index.html")
@@ -411,7 +411,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert done.stdout == f"1 entries of 1 defenses, 1 suites: {page}\n"
     refused = command("build", "--entries", home, "--out", tmp_path).exception
     assert isinstance(refused, UsageError)
-    assert "which no build made" in str(refused)
+    assert "which was not made here" in str(refused)
     assert isinstance(command("serve", "--site", tmp_path / "none").exception, UsageError)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from benchmark.core.errors import CheckpointError, UsageError
+from benchmark.core.outputs import MARKER, check_ours, recover, replacing_folder
 from benchmark.core.state import State, compatible, finite
 from benchmark.io import tensorfiles
 from benchmark.io.loaders import CLIP_CONFIG, main_dtype, open_clip_model, transformers_model
@@ -37,6 +38,11 @@ _WEIGHTS = (
 )  # fmt: skip
 #: What a loader might be told to run.
 _CODE = (".py", ".pyc", ".so", ".pyd", ".dll")
+#: What belongs to a checkpoint where nobody wrote down who made it.
+_PART = re.compile(
+    r"(model|open_clip_model|adapter_model)\S*\.safetensors(\.index\.json)?|\w*config\.json|"
+    r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template)\S*"
+)
 _SMALL = 64 * 2**20
 
 
@@ -74,9 +80,12 @@ class Checkpoint:
     def left_behind(self) -> list[Path]:
         """Files that never go along: pickles, weights in other formats, anything over 64 MiB."""
         weights = {file.name for file in self.files}
-        return [f for f in files_below(self.path) if not self._carries(f) and str(f) not in weights]
+        own = {*weights, MARKER}
+        return [f for f in files_below(self.path) if not self._carries(f) and str(f) not in own]
 
     def _carries(self, file: Path) -> bool:
+        if str(file) == MARKER:
+            return False
         if str(file) == _HF_INDEX:
             return self.shards > 1 or self.files[0].name != _HF
         small = (self.path / file).stat().st_size <= _SMALL
@@ -200,28 +209,17 @@ def check_out(out: Path, sources: Sequence[Path], force: bool) -> None:
         raise UsageError(f"--out {out} holds other files; choose an empty or a new folder")
     if not force:
         raise UsageError(f"--out {out} already holds a checkpoint; add --force to replace it")
+    check_ours(out, [file.name for file in out.iterdir() if _PART.fullmatch(file.name)])
 
 
 @contextmanager
 def replacing(out: Path, sources: Sequence[Path], force: bool) -> Iterator[Path]:
-    """A temporary sibling of the folder ``out`` that takes its place only on success."""
+    """A folder to write to that takes the place of ``out``, whole, on success."""
+    recover(out)
     check_out(out, sources, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        made = temporary / "new"
-        made.mkdir()  # with the user's own mode, unlike mkdtemp's
+    with replacing_folder(out) as made:
         yield made
         check_out(out, sources, force)
-        if out.exists():
-            out.replace(temporary / "old")
-        made.replace(out)
-    except BaseException:
-        if (temporary / "old").exists() and not out.exists():
-            (temporary / "old").replace(out)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_folder(path: Path) -> None:
