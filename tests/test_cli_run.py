@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -143,3 +145,19 @@ def test_an_interrupted_line_is_dropped_and_a_wrong_one_named(tmp_path: Path) ->
 
 def test_usage_errors_are_not_failures() -> None:
     assert UsageError("x").exit_code == 2
+
+
+@pytest.mark.parametrize("line", ["show gauge-align", "show gauge-align --json"])
+def test_a_terminal_of_another_encoding_is_no_failure(line: str) -> None:
+    """After minutes of work a θ that cp1252 lacks must not end it in a traceback."""
+    code = "from benchmark.cli import main; main()"
+    out = subprocess.run(
+        [sys.executable, "-c", code, *line.split()],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    assert b"Traceback" not in out.stderr
+    if "--json" in line:
+        assert "θ" in json.dumps(json.loads(out.stdout), ensure_ascii=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import io
 import sys
 
 import typer
@@ -41,6 +42,9 @@ def _plugins() -> None:
 
 def main() -> None:
     """Entry point: every expected failure is one line on stderr and exit code 1 or 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a long run must not end in what θ is in cp1252
+            stream.reconfigure(errors="replace")
     try:
         _plugins()
         app(prog_name="unmergebench")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -66,7 +67,8 @@ def console(*, stderr: bool = False) -> Console:
 
 def print_json(data: Any) -> None:
     """``data`` as indented JSON on stdout. NaN and infinity, which JSON lacks, become null."""
-    typer.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, default=str))
+    ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    typer.echo(json.dumps(_finite(data), indent=2, ensure_ascii=ascii_only, default=str))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:

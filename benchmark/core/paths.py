@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from benchmark.core.errors import UsageError
+
 
 def cache() -> Path:
     """The cache root: ``UNMERGEBENCH_CACHE``, else the user's cache folder."""
@@ -57,6 +59,20 @@ def sweep(path: Path) -> None:
     for stale in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         with suppress(OSError):
             stale.unlink()
+
+
+def read_text(path: Path) -> str:
+    """A text file that a user wrote, in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        UsageError: it cannot be read, or is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not in UTF-8; save it so") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark.core.errors import CheckpointError, UsageError, first_line
+from benchmark.core.errors import CheckpointError, UsageError, brief
 from benchmark.core.lowrank import Factors, rounding, thin_svd
 from benchmark.core.state import State, compatible, finite, norm, task_vector
 from benchmark.io import folders, tensorfiles
@@ -125,7 +125,7 @@ def load(path: Path, base: Checkpoint) -> Adapter:
                 expected = outputs(adapted, inputs) if inputs else None
             merged = adapted.merge_and_unload().state_dict()
         except _PEFT as error:
-            raise CheckpointError(f"{path} does not fit this base: {first_line(error)}") from None
+            raise CheckpointError(f"{path} does not fit this base: {brief(error)}") from None
     state = {
         key: value if torch.equal(merged[key], value) else merged[key].detach()
         for key, value in base.state.items()
@@ -167,8 +167,8 @@ def _config(path: Path) -> Any:
                 found = PeftConfig.from_pretrained(str(path))
                 _check_types(found)
                 return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot use {path / CONFIG}: {first_line(error)}") from None
+    except (OSError, RecursionError, *_PEFT) as error:
+        raise CheckpointError(f"cannot use {path / CONFIG}: {brief(error)}") from None
     raise CheckpointError(
         f"{path / CONFIG} sets {refused[0]}, which is no plain B·A; "
         "merge the adapter into its base with peft first"
@@ -246,7 +246,7 @@ def _adapted(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         adapted = PeftModel.from_pretrained(model, str(folder), config=fresh)
-    held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     lacking = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
     more = _of_the_base(path, tensors.keys() - held.keys(), tensors, base)
     if lacking or len(held) != len(tensors) - more:

@@ -259,11 +259,13 @@ def _no_weights(path: Path) -> CheckpointError:
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted(set(listed), key=str)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index} has no readable weight_map; copy it again") from None
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        plain = isinstance(name, str) and Path(name).name == name
+        if not plain or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index} points to {name!r}, not to a safetensors file beside it"
             )

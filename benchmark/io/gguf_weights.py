@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmark.core.errors import CheckpointError, first_line
+from benchmark.core.errors import CheckpointError, brief
 from benchmark.io.loaders import quiet
 
 if TYPE_CHECKING:
@@ -45,6 +45,4 @@ def _read(auto: Any, path: Path, **options: Any) -> Any:
         try:
             return auto.from_pretrained(path.parent, gguf_file=path.name, **options)
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path} is not a readable GGUF model: {first_line(error)}"
-            ) from error
+            raise CheckpointError(f"{path} is not a readable GGUF model: {brief(error)}") from error

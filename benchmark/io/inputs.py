@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark.core.errors import first_line
+from benchmark.core.errors import brief
 from benchmark.io.folders import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def valid_inputs(checkpoint: Checkpoint, seed: int = 0) -> dict[str, Tensor]:
             with torch.inference_mode():
                 outputs(checkpoint.model, inputs)
     except _UNKNOWN as error:
-        log.warning("outputs were not compared: %s", first_line(error))
+        log.warning("outputs were not compared: %s", brief(error))
         return {}
     return inputs
 

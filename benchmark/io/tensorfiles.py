@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from benchmark.core.errors import CheckpointError, disk_trouble, first_line
+from benchmark.core.errors import CheckpointError, brief, disk_trouble
 from benchmark.core.state import State
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
@@ -63,7 +63,7 @@ def read(path: Path) -> tuple[TensorFile, State]:
         if start.startswith((b"PK\x03\x04", b"\x80")):
             raise refuse_pickle(path) from None
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({first_line(error)}); "
+            f"{path} is not a whole safetensors file ({brief(error)}); "
             "copy it again from its source"
         ) from None
     table.pop("__metadata__", None)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UsageError
 from benchmark.core.keys import sha
+from benchmark.core.paths import read_text
 from benchmark.pipeline.published import Published
 
 
@@ -68,7 +69,7 @@ class Suite(BaseModel):
         later = set() if self.fixed_everywhere else {"fixed_everywhere"}
         content = self.model_dump(exclude={"name", "description", "published", *later})
         if self.testbed.endswith(".toml") and Path(self.testbed).is_file():
-            content["testbed"] = sha(Path(self.testbed).read_text(encoding="utf-8"))
+            content["testbed"] = sha(read_text(Path(self.testbed)))
         return sha(content)
 
 
@@ -92,7 +93,7 @@ def load(name: str) -> Suite:
     if path.suffix == ".toml":
         if not path.is_file():
             raise UsageError(f"no such suite file: {path}")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     elif name in builtin():
         text = (resources.files("benchmark") / "suites" / f"{name}.toml").read_text("utf-8")
     else:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from benchmark.api.recipe import Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UsageError
+from benchmark.core.paths import read_text
 from benchmark.testbeds.declared.backbones import Pooling
 from benchmark.testbeds.declared.pixels import Channels
 
@@ -161,7 +162,7 @@ def parse(text: str, where: str) -> TestbedSpec:
 def is_testbed(path: Path) -> bool:
     """Whether a TOML file says it is a testbed rather than a suite."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = tomllib.loads(read_text(path))
+    except (UsageError, ValueError):
         return False
     return "base" in content or "task" in content

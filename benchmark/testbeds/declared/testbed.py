@@ -19,6 +19,7 @@ from benchmark.api.recipe import Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import UsageError
+from benchmark.core.paths import read_text
 from benchmark.core.state import State
 from benchmark.testbeds.declared import heads
 from benchmark.testbeds.declared.backbones import Backbone
@@ -51,11 +52,7 @@ class Declared(Testbed):
     def spec(self) -> TestbedSpec:
         """What the file says."""
         path = Path(self.file)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read the testbed file {path}: {error}") from None
-        return _parsed(text, path.name)
+        return _parsed(read_text(path), path.name)
 
     @property
     def name(self) -> str:
