@@ -40,6 +40,8 @@ RESTRICTED = decoders.RESTRICTED
 #: Those with fewer KV heads than heads; those with a gated MLP.
 GROUPED = decoders.GROUPED
 GATED = (*decoders.GATED, *crossing.GATED)
+#: Those of which an encoder and a decoder have ``LAYERS`` each, and how wide the encoder is.
+CROSSING = dict.fromkeys(crossing.MODELS, WIDTH) | crossing.NARROWER
 
 
 def _examples(rng: torch.Generator, size: int) -> dict[str, Tensor]:

@@ -322,6 +322,8 @@ def _stream(stream: Stream) -> Iterator[Gauge]:
     if not stream.closed:
         return
     yield StreamPermutation(stream.name, stream)
+    if stream.activated:
+        return
     yield StreamSign(stream.name, stream)
     # A gain on the path, or one that a tied output reads, stands between the stream and R.
     if not any(
@@ -359,8 +361,8 @@ def _gains(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
 def _shifts(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
     if len(segment.sources) != 1 or segment.embeddings or segment.tied or not segment.readers:
         return
-    (norm,), biases = segment.sources, [reader.bias for reader in segment.readers]
-    if norm.bias is None or None in biases:
+    (norm,) = segment.sources
+    if norm.bias is None or any(r.bias is None for r in segment.readers if r not in segment.free):
         return
     if not segment.norms and not segment.writers:
         yield NormShift(norm.name, norm, segment.readers, segment.width)
@@ -375,7 +377,7 @@ def _nulls(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
         return
     (norm,) = segment.sources
     for reader in segment.readers:
-        if norm.bias is None or reader.bias is not None:
+        if norm.bias is None or reader.bias is not None or reader in segment.free:
             _, outputs, taps = columns(reader, state).shape
             yield NullDirection(reader.weight.key, norm, reader, (outputs, taps))
 
@@ -386,17 +388,21 @@ def _constants(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]
     found: list[tuple[Axis, Slot | None]] = [
         (Axis(slot, 0), w.scale) for w in segment.writers for slot in w.linear.slots()
     ]
+    also = {group[0]: group[1:] for group in segment.aliases}
+    twice = {axis for group in also.values() for axis in group}
     if not segment.readers:
-        found += [(axis, None) for axis in segment.embeddings if axis not in segment.tied]
+        kept = {*segment.tied, *twice}
+        found += [(axis, None) for axis in segment.embeddings if axis not in kept]
         found += [(Axis(n.bias, 0), None) for n in segment.sources if n.bias is not None]
     if segment.depthwise is not None and segment.depthwise.bias is not None:
         found.append((Axis(segment.depthwise.bias, 0), None))
     for axis, scale in found:
-        yield Constant(axis.slot.key, axis, matrix(axis, state).shape[1], scale)
+        size = matrix(axis, state).shape[1]
+        yield Constant(axis.slot.key, axis, size, scale, also.get(axis, ()))
 
 
 def _scale(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
-    if not segment.norms:
+    if not segment.norms or segment.given or segment.activated:
         return
     gains = tuple(Axis(slot, 0) for norm in segment.sources for slot in norm.slots())
     writers = tuple(Axis(slot, 0) for w in segment.writers for slot in w.linear.slots())
