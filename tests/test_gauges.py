@@ -159,6 +159,11 @@ def test_every_tensor_has_its_row(name: str) -> None:
         ("vit-gpt2", {"stream-rotation", "norm-shift"}, set()),
         # Sinusoids that are in no file are added to its embeddings.
         ("m2m100", {"constant", "norm-gain"}, {"stream-permutation", "stream-scale"}),
+        # Its keys have no bias, and need none; an activation stands before the encoder's stream.
+        ("whisper", {"norm-shift", "null-direction", "stream-permutation"}, {"stream-rotation"}),
+        # Positions are made of the stream itself, many channels at once.
+        ("wav2vec2", {"instance-norm", "norm-scale", "units"}, {"stream-permutation"}),
+        ("wav2vec2-stable", {"stream-scale", "constant"}, {"instance-norm", "stream-permutation"}),
         ("resnet", {"batch-norm", "units", "unit-scale"}, {"norm-gain"}),
         ("convnext", {"layer-scale", "norm-gain", "constant"}, {"stream-permutation"}),
     ],
@@ -228,6 +233,17 @@ def test_a_decoder_without_its_encoder_is_treated_inside_its_blocks() -> None:
         "gauges outside the blocks of transformer.: no tower is what its cross-attention reads",
     )
     assert {"heads", "query-key", "value-output"} <= set(group.kinds) <= {*BLOCKS, "value-shift"}
+
+
+def test_what_sounds_are_projected_from_is_an_output_of_a_bare_model() -> None:
+    """And what a quantizer reads: so far, and no farther, its filters trade places."""
+    for head, last in (("ForCTC", True), ("Model", False), ("ForPreTraining", False)):
+        model = zoo.audio.waves(head=head)
+        anatomy = Anatomy.of(model)
+        assert len(anatomy.channels) == 2 + last
+        group = gauges.of(anatomy, zoo.state_of(model))
+        moved = {gauge.name for gauge in group.gauges if "feature_projection" in gauge.name}
+        assert bool(moved) is last
 
 
 def test_what_is_read_before_the_last_norm_is_not_guessed() -> None:

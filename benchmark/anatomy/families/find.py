@@ -13,6 +13,7 @@ from benchmark.anatomy.convolutional import towers
 from benchmark.anatomy.coverage import uncovered
 from benchmark.anatomy.families import FAMILIES, Family
 from benchmark.anatomy.families.loose import loose
+from benchmark.anatomy.filters import filters
 from benchmark.core.errors import UsageError
 
 #: What lies beside the projections and is per head: ``fixed_heads`` answers for it.
@@ -74,6 +75,7 @@ def find(model: nn.Module) -> Found:
     mlps = tuple(mlp for _, mlp in blocks if mlp is not None)
     mlps += (*loose(model), *(mlp for _, (_, found, _) in convolutional for mlp in found))
     channels = tuple(units for _, (_, _, found) in convolutional for units in found)
+    channels += tuple(filters(model))
     # What a convolutional row does not know it refuses itself.
     beside = [rf"{re.escape(prefix)}.*" for prefix, _ in convolutional]
     beside += [re.escape(layer) + family.beside for family, layer in rows.values() if family.beside]

@@ -12,6 +12,7 @@ from benchmark.anatomy.blocks import Axis, Channels, Slot
 from benchmark.anatomy.gauges.base import Abelian, Element, Gauge, beside
 from benchmark.anatomy.gauges.batchnorm import Statistics
 from benchmark.anatomy.gauges.blocks import HeadOrder, QueryKey, QueryOrder, UnitOrder, ValueOutput
+from benchmark.anatomy.gauges.instance import FilterScale
 from benchmark.anatomy.gauges.norms import NormShift, NullDirection
 from benchmark.anatomy.gauges.rows.towers import wiring
 from benchmark.anatomy.gauges.scales import (
@@ -37,6 +38,7 @@ KINDS: tuple[type[Gauge], ...] = (
     StreamPermutation,
     StreamSign,
     Statistics,
+    FilterScale,
     LayerScale,
     NormShift,
     NormGain,
@@ -286,6 +288,7 @@ def of(model: nn.Module | Anatomy, state: Mapping[str, Tensor]) -> Group:
         found += [QueryKeySign(where, block, both, sizes)]
         found += [QueryKeyGain(where, block, both), QueryKeyLength(where, block)]
     found += [Statistics(norm.name, norm, len(norm.mean.read(state))) for norm in wired.batch_norms]
+    found += [FilterScale(n.name, n, len(n.gain.read(state))) for n in wired.instance_norms]
     order = {kind: i for i, kind in enumerate(KINDS)}
     return Group(tuple(sorted(found, key=lambda g: order[type(g)])), wired.uncovered)
 

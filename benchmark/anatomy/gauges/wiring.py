@@ -172,14 +172,24 @@ class BatchNorm:
 
 
 @dataclass(frozen=True)
+class InstanceNorm:
+    """A convolution and the norm behind it, which each channel has by itself."""
+
+    name: str
+    conv: Linear
+    gain: Slot
+
+
+@dataclass(frozen=True)
 class Wiring:
-    """All streams and batch norms of a model, and the gains of QK-norms.
+    """All streams, batch and instance norms of a model, and the gains of QK-norms.
 
     ``uncovered``: which part of it has no gauges, and why.
     """
 
     streams: tuple[Stream, ...] = ()
     batch_norms: tuple[BatchNorm, ...] = ()
+    instance_norms: tuple[InstanceNorm, ...] = ()
     qk_gains: tuple[tuple[AttentionBlock, tuple[Slot, Slot]], ...] = ()
     uncovered: tuple[str, ...] = ()
 

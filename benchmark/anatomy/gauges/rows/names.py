@@ -62,6 +62,13 @@ class Names:
         found = bias if bias.key in self.state else None
         return Norm(name, gain_of(gain.key, row), found, row.centred)
 
+    def plain_norm(self, name: str) -> Norm | None:
+        """A LayerNorm by its name, if there is one."""
+        if f"{name}.weight" not in self.state:
+            return None
+        gain, bias = self.slot(f"{name}.weight"), self.slot(f"{name}.bias")
+        return Norm(name, gain, bias if bias.key in self.state else None, centred=True)
+
     def linear(self, name: str) -> Linear | None:
         """A layer by its name; a bare (in, out) matrix by its own."""
         if name in self.state:

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from benchmark.anatomy.blocks import Axis
 from benchmark.anatomy.families import FAMILIES
 from benchmark.anatomy.gauges.convolutional import convolutional
 from benchmark.anatomy.gauges.rows import ROWS
+from benchmark.anatomy.gauges.rows.audio import waves
 from benchmark.anatomy.gauges.rows.join import attached, streams
 from benchmark.anatomy.gauges.rows.names import (
     Layer,
@@ -44,6 +46,7 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
     towers, unread = attached(list(_towers(names, anatomy)))
     whole = list(streams(towers))
     beside, batch_norms, elsewhere = convolutional(anatomy, state)
+    sounding, instance_norms = waves(names, anatomy)
     left = [
         key
         for key, value in state.items()
@@ -72,7 +75,13 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         for key in dict.fromkeys(block.q.weight.key for block in anatomy.attention)
         if key not in wired
     ]
-    return Wiring((*sound, *beside), batch_norms, tuple(names.qk_gains), tuple(uncovered))
+    return Wiring(
+        (*sound, *beside, *sounding),
+        batch_norms,
+        tuple(instance_norms),
+        tuple(names.qk_gains),
+        tuple(uncovered),
+    )
 
 
 def _towers(names: Names, anatomy: Anatomy) -> Iterator[Parts]:
@@ -135,7 +144,9 @@ def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Parts:
             tied=tied,
             after_tied=(final,) if tied else (),
             aliases=tuple(group for group in aliases if len(group) > 1),
-            activated=tuple(axis for key in row.activated for axis in names.axes(root + key)),
+            activated=tuple(
+                Axis(names.slot(root + key), 0) for key in row.activated if root + key in state
+            ),
             given=bool(row.places)
             and not any(
                 names.axes(root + place) for place in row.places if place in row.embeddings
