@@ -65,23 +65,31 @@ def random_symmetry(state: State, anatomy: Anatomy, rng: torch.Generator) -> Sta
 def test_finds_every_block(name: str) -> None:
     model, _ = zoo.tiny(name)
     anatomy = Anatomy.of(model)
-    towers = 2 if name in ("clip", "open-clip", "open-clip-custom-text", "t5", "t5-gated") else 1
-    cross = zoo.LAYERS if name.startswith("t5") else 0  # the decoder's second attention
+    crossing, encoder = name in zoo.CROSSING, zoo.CROSSING.get(name, zoo.WIDTH)
+    towers = 2 if crossing or name in ("clip", "open-clip", "open-clip-custom-text") else 1
+    cross = zoo.LAYERS if crossing else 0  # the decoder's second attention
     assert len(anatomy.mlp) == towers * zoo.LAYERS
     assert len(anatomy.attention) == len(anatomy.mlp) + cross
     assert anatomy.qk_gauge == zoo.RESTRICTED.get(name, "general")
     state = model.state_dict()
     kv_heads = 1 if name == "falcon" else zoo.HEADS // 2 if name in zoo.GROUPED else zoo.HEADS
     for block in anatomy.attention:
-        assert (block.heads, block.kv_heads, block.head_dim) == (zoo.HEADS, kv_heads, 8)
+        stream = block.q.weight.read(state).shape[1]
+        size, reads = stream // zoo.HEADS, block.k.weight.read(state).shape[1]
+        assert stream in (zoo.WIDTH, encoder)
+        assert reads == (encoder if ".encoder_attn." in block.k.weight.key else stream)
+        assert (block.heads, block.kv_heads, block.head_dim) == (zoo.HEADS, kv_heads, size)
         for side, linear in block.linears().items():
-            rows = 8 * kv_heads if side in "kv" else zoo.WIDTH
-            assert linear.weight.read(state).shape == (rows, zoo.WIDTH)
+            rows = stream if side == "o" else size * (kv_heads if side in "kv" else zoo.HEADS)
+            columns = reads if side in "kv" else stream
+            assert linear.weight.read(state).shape == (rows, columns)
             assert linear.bias is None or len(linear.bias.read(state)) == len(
                 linear.weight.read(state)
             )
     for mlp in anatomy.mlp:
-        assert mlp.up.weight.read(state).shape[1] == mlp.down.weight.read(state).shape[0] == 64
+        width = mlp.up.weight.read(state).shape[1]
+        assert width == mlp.down.weight.read(state).shape[0]
+        assert width in (zoo.WIDTH, encoder)
         assert (mlp.gate is not None) == (name in zoo.GATED)
         assert mlp.activation in ACTIVATIONS
     # Every matrix of a layer belongs to a block.
@@ -266,6 +274,13 @@ def test_a_slot_of_every_so_many_rows() -> None:
     assert out["w"].flatten().tolist() == [0, 1, 0, 0, 4, 5, 6, 7, 0, 0, 10, 11]
     assert torch.equal(state["w"], torch.arange(12.0).reshape(6, 2))
     assert weight.cut(torch.arange(6.0)[None], -1).tolist() == [[[1], [4]]]
+
+
+def test_the_activation_is_that_of_the_tower() -> None:
+    """A ViT and a decoder have configurations of their own, a pair of them none."""
+    anatomy = Anatomy.of(zoo.crossing.trocr(activation_function="relu"))
+    assert [mlp.activation for mlp in anatomy.mlp] == ["gelu", "gelu", "relu", "relu"]
+    assert [mlp.unit_scale for mlp in anatomy.mlp] == [None, None, "positive", "positive"]
 
 
 def test_gated_mlp_of_dinov2_is_refused() -> None:

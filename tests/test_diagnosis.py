@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -146,6 +147,24 @@ def test_heads_that_traded_places(name: str) -> None:
     both = diagnose(lock(expert, anatomy, "general", heads=True), base, anatomy)
     assert both.qk == ("rotary" if name == "qwen2" else "general")
     assert ", a head permutation and an MLP permutation" in both.summary.replace(" with", ",")
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "vit-gpt2", "trocr", "bert2gpt2"])
+def test_a_lock_on_cross_attention_alone_is_named(name: str) -> None:
+    """Its keys and values read another tower, of a width of its own."""
+    base, expert, _, anatomy = setting(name)
+    words = ("EncDecAttention", "encoder_attn", "crossattention")
+    cross = tuple(b for b in anatomy.attention if any(w in b.q.weight.key for w in words))
+    assert len(cross) == zoo.LAYERS
+    only = dataclasses.replace(anatomy, attention=cross, mlp=())
+    released = protected("mergelock", expert, base, only)
+    found = diagnose(released, base, anatomy)
+    assert (found.qk, found.vo, found.blocks_locked) == ("general", "general", zoo.LAYERS)
+    assert found.undone
+    assert found.residual < 0.2
+    assert found.summary.startswith(
+        "looks like a per-head general lock in 2 of 6 attention blocks; undone; about 0."
+    )
 
 
 def test_what_no_lock_explains_is_said() -> None:

@@ -56,7 +56,7 @@ def test_what_moves_is_where_it_says(family: str) -> None:
               for slot in part.slots()}  # fmt: skip
     inside |= {slot.key for block in anatomy.attention if block.whole_norm
                for slot in block.qk_norm or ()}  # fmt: skip
-    inside |= {axis.slot.key for mlp in anatomy.mlp for axis in mlp.axes}
+    inside |= {axis.slot.key for units in anatomy.units for axis in units.axes}
     assert set(task_vector(blocks, expert)) <= inside
     # The residual axis has both its ends in the State only where there is a head.
     renamed = RandomPermutation(("stream-permutation",))

@@ -153,6 +153,17 @@ def test_every_tensor_has_its_row(name: str) -> None:
         ("cohere", {"null-direction", "heads"}, {"norm-shift", "stream-rotation"}),
         ("bloom", {"key-bias", "norm-scale"}, {"heads"}),
         ("falcon", {"constant"}, {"heads"}),
+        # What the encoder's last norm gives is read by keys and values alone.
+        ("bart", {"stream-permutation", "norm-gain"}, {"stream-rotation", "embedding-shift"}),
+        ("bart-classifier", {"embedding-shift", "stream-permutation"}, {"stream-rotation"}),
+        ("vit-gpt2", {"stream-rotation", "norm-shift"}, set()),
+        # Sinusoids that are in no file are added to its embeddings.
+        ("m2m100", {"constant", "norm-gain"}, {"stream-permutation", "stream-scale"}),
+        # Its keys have no bias, and need none; an activation stands before the encoder's stream.
+        ("whisper", {"norm-shift", "null-direction", "stream-permutation"}, {"stream-rotation"}),
+        # Positions are made of the stream itself, many channels at once.
+        ("wav2vec2", {"instance-norm", "norm-scale", "units"}, {"stream-permutation"}),
+        ("wav2vec2-stable", {"stream-scale", "constant"}, {"instance-norm", "stream-permutation"}),
         ("resnet", {"batch-norm", "units", "unit-scale"}, {"norm-gain"}),
         ("convnext", {"layer-scale", "norm-gain", "constant"}, {"stream-permutation"}),
     ],
@@ -180,6 +191,74 @@ def test_a_head_that_no_row_knows_leaves_the_stream_alone() -> None:
     group = gauges.of(case.anatomy, state)
     assert "'tagger.weight'" in group.missing[0]
     assert not {"stream-permutation", "norm-gain", "norm-scale"} & set(group.kinds)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart", "bart-classifier", "vit-gpt2"])
+def test_a_file_holds_one_of_the_names_of_a_tied_tensor(name: str) -> None:
+    """Of the others the State says nothing, and the model uses the one that is there."""
+    case = subject(name)
+    state = zoo.untied(case.model)
+    assert state.keys() < case.base.keys()
+    group = gauges.of(case.anatomy, state)
+    assert group.kinds == case.group.kinds
+
+    def answers(state: State) -> Tensor:
+        found = torch.func.functional_call(case.model, state, kwargs=case.inputs)
+        return found.logits  # type: ignore[no-any-return]
+
+    before = answers(state)
+    for kind in group.exact.kinds:
+        alone = group.subset([kind])
+        after = answers(alone.apply(state, alone.draw(generator(6))))
+        assert float((after - before).abs().max() / before.abs().max()) <= TOLERANCE, kind
+
+
+def test_positions_that_are_made_anew_stay() -> None:
+    """Marian's are in its State, but in no file of it."""
+    model = zoo.crossing.bart("Marian").eval()
+    places = [key for key in model.state_dict() if "embed_positions" in key]
+    group = gauges.of(Anatomy.of(model), zoo.state_of(model))
+    assert len(places) == 2
+    assert group.missing == ()
+    assert not {"stream-permutation", "stream-scale"} & set(group.kinds)
+    moved = group.apply(zoo.state_of(model), group.draw(generator(1)))
+    assert all(torch.equal(moved[key], model.state_dict()[key]) for key in places)
+
+
+def test_a_decoder_without_its_encoder_is_treated_inside_its_blocks() -> None:
+    """It may run with or without one."""
+    model = zoo.crossing.pair("vit", "gpt2").decoder
+    group = gauges.of(Anatomy.of(model), zoo.state_of(model))
+    assert group.missing == (
+        "gauges outside the blocks of transformer.: no tower is what its cross-attention reads",
+    )
+    assert {"heads", "query-key", "value-output"} <= set(group.kinds) <= {*BLOCKS, "value-shift"}
+
+
+def test_what_sounds_are_projected_from_is_an_output_of_a_bare_model() -> None:
+    """And what a quantizer reads: so far, and no farther, its filters trade places."""
+    for head, last in (("ForCTC", True), ("Model", False), ("ForPreTraining", False)):
+        model = zoo.audio.waves(head=head)
+        anatomy = Anatomy.of(model)
+        assert len(anatomy.channels) == 2 + last
+        group = gauges.of(anatomy, zoo.state_of(model))
+        moved = {gauge.name for gauge in group.gauges if "feature_projection" in gauge.name}
+        assert bool(moved) is last
+
+
+def test_what_is_read_before_the_last_norm_is_not_guessed() -> None:
+    """The last norm of CLIP's eyes is for one token alone: a decoder reads what goes into it."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(**zoo.vision.IMAGE, **zoo.vision.SHAPE)
+    model = transformers.VisionEncoderDecoderModel(
+        encoder=transformers.CLIPVisionModel(vision),
+        decoder=zoo.crossing.pair("vit", "gpt2").decoder,
+    )
+    group = gauges.of(Anatomy.of(model), zoo.state_of(model))
+    assert len(group.missing) == 2
+    assert all(said.endswith("reads of the encoder is not known") for said in group.missing)
+    assert not {"constant", "stream-scale"} & set(group.kinds)
 
 
 def test_subset() -> None:

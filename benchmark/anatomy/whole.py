@@ -23,6 +23,7 @@ class Anatomy:
         family: the table rows it was read from.
         uncovered: keys of attention, MLP and convolution weights that no row answers for.
         partial: whether a method may go on without these.
+        tied: names that are one tensor in the model, of which a State may lack all but one.
     """
 
     family: str
@@ -31,6 +32,7 @@ class Anatomy:
     channels: tuple[Channels, ...] = ()
     uncovered: tuple[str, ...] = ()
     partial: bool = False
+    tied: tuple[tuple[str, ...], ...] = ()
 
     @property
     def units(self) -> tuple[MLPBlock | Channels, ...]:
@@ -81,7 +83,7 @@ class Anatomy:
         Raises:
             UsageError: no row of :mod:`benchmark.anatomy.families` fits the model's names.
         """
-        return Anatomy(*find(model))
+        return Anatomy(**find(model)._asdict())
 
 
 def _plain(anatomy: Anatomy) -> dict[str, Any]:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmark.core.state import State
-from zoo import convolutional, crossing, decoders, encoders, vision
+from zoo import audio, convolutional, crossing, decoders, encoders, vision
 from zoo.shape import BATCH, CONV_SIZE, HEADS, HIDDEN, IMAGE, LAYERS, LENGTH, VOCABULARY, WIDTH
 
 __all__ = ["BATCH", "HEADS", "HIDDEN", "LAYERS", "LENGTH", "VOCABULARY", "WIDTH"]
 
 #: METHODS section 1: max |Δlogit| relative to the largest logit, float32.
 TOLERANCE = 1e-4
-_MODELS = {**encoders.MODELS, **vision.MODELS, **decoders.MODELS, **crossing.MODELS}
+_MODELS = {**encoders.MODELS, **vision.MODELS, **decoders.MODELS, **crossing.MODELS, **audio.MODELS}
 #: Models with channels, most of them without attention.
 CONVOLUTIONAL: tuple[str, ...] = tuple(convolutional.MODELS)
 
@@ -34,12 +34,15 @@ CONVOLUTIONAL: tuple[str, ...] = tuple(convolutional.MODELS)
 NAMES: tuple[str, ...] = tuple(_MODELS)
 FAMILIES: tuple[str, ...] = (
     *encoders.FAMILIES, *vision.FAMILIES, *decoders.FAMILIES, *crossing.FAMILIES,
+    *audio.FAMILIES,
 )  # fmt: skip
 #: The Q/K gauge group of those where it is not the general one.
 RESTRICTED = decoders.RESTRICTED
 #: Those with fewer KV heads than heads; those with a gated MLP.
 GROUPED = decoders.GROUPED
 GATED = (*decoders.GATED, *crossing.GATED)
+#: Those of which an encoder and a decoder have ``LAYERS`` each, and how wide the encoder is.
+CROSSING = dict.fromkeys((*crossing.MODELS, *audio.CROSSING), WIDTH) | crossing.NARROWER
 
 
 def _examples(rng: torch.Generator, size: int) -> dict[str, Tensor]:
@@ -57,6 +60,8 @@ def _examples(rng: torch.Generator, size: int) -> dict[str, Tensor]:
         "image": images,
         "x": images,
         "text": text,
+        "input_features": torch.randn(BATCH, audio.BANDS, audio.FRAMES, generator=rng),
+        "input_values": torch.randn(BATCH, 128, generator=rng),
     }
 
 

@@ -13,6 +13,7 @@ have rows of their own kind, in :mod:`benchmark.anatomy.convolutional`.
 
 from __future__ import annotations
 
+from benchmark.anatomy.families.audio import AUDIO
 from benchmark.anatomy.families.crossing import CROSSING
 from benchmark.anatomy.families.decoders import DECODERS
 from benchmark.anatomy.families.encoders import ENCODERS
@@ -20,6 +21,6 @@ from benchmark.anatomy.families.multimodal import MULTIMODAL
 from benchmark.anatomy.families.row import Family
 from benchmark.anatomy.families.vision import VISION
 
-FAMILIES: tuple[Family, ...] = (*ENCODERS, *VISION, *DECODERS, *CROSSING, *MULTIMODAL)
+FAMILIES: tuple[Family, ...] = (*ENCODERS, *VISION, *DECODERS, *CROSSING, *AUDIO, *MULTIMODAL)
 
 __all__ = ["FAMILIES", "Family"]

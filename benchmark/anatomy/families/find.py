@@ -13,6 +13,7 @@ from benchmark.anatomy.convolutional import towers
 from benchmark.anatomy.coverage import uncovered
 from benchmark.anatomy.families import FAMILIES, Family
 from benchmark.anatomy.families.loose import loose
+from benchmark.anatomy.filters import filters
 from benchmark.core.errors import UsageError
 
 #: What lies beside the projections and is per head: ``fixed_heads`` answers for it.
@@ -27,6 +28,7 @@ class Found(NamedTuple):
     mlp: tuple[MLPBlock, ...]
     channels: tuple[Channels, ...]
     uncovered: tuple[str, ...]
+    tied: tuple[tuple[str, ...], ...]
 
 
 def find(model: nn.Module) -> Found:
@@ -73,6 +75,7 @@ def find(model: nn.Module) -> Found:
     mlps = tuple(mlp for _, mlp in blocks if mlp is not None)
     mlps += (*loose(model), *(mlp for _, (_, found, _) in convolutional for mlp in found))
     channels = tuple(units for _, (_, _, found) in convolutional for units in found)
+    channels += tuple(filters(model))
     # What a convolutional row does not know it refuses itself.
     beside = [rf"{re.escape(prefix)}.*" for prefix, _ in convolutional]
     beside += [re.escape(layer) + family.beside for family, layer in rows.values() if family.beside]
@@ -82,7 +85,16 @@ def find(model: nn.Module) -> Found:
         mlp=mlps,
         channels=channels,
         uncovered=uncovered(model, attention, mlps, channels, beside),
+        tied=_tied(model),
     )
+
+
+def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """The names of each parameter that has more than one."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    return tuple(tuple(found) for found in names.values() if len(found) > 1)
 
 
 def _nearest(families: Iterable[Family], names: Iterable[str]) -> Family | None:
@@ -119,6 +131,9 @@ def _read(
     whole = linear(family.q, family.join).weight.read(state)
     if family.q == family.k == family.v:
         every, parts = _parts(attention, family, layer, len(whole))
+    elif family.k == family.v:
+        half = len(linear(family.k, family.join).weight.read(state)) // 2
+        parts = None, (0, half), (half, 2 * half)
     q, k, v = (
         linear(name, family.join, part)
         for name, part in zip((family.q, family.k, family.v), parts, strict=True)
@@ -169,7 +184,7 @@ def _read(
         gate=linear(family.gate, rows=halves[0]) if family.gate else None,
         up=linear(family.up, rows=halves[1]),
         down=linear(family.down),
-        activation=_activation(model, attention, model.get_submodule(layer.rstrip("."))),
+        activation=_activation(model, attention, layer.rstrip(".")),
     )
     return block, mlp
 
@@ -252,14 +267,17 @@ def _rotated(attention: nn.Module, size: int) -> int | None:
     return int(size * share) if share != 1.0 else None
 
 
-def _activation(model: nn.Module, attention: nn.Module, layer: nn.Module) -> str:
-    """The name in the configuration; open_clip and BLOOM have none, but classes."""
-    for config in (getattr(attention, "config", None), getattr(model, "config", None)):
+def _activation(model: nn.Module, attention: nn.Module, layer: str) -> str:
+    """The name in the configuration of the nearest module around the layer that has one; open_clip
+    and BLOOM have none, but classes."""
+    parts = layer.split(".")
+    around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1))
+    for config in (getattr(module, "config", None) for module in (attention, *around)):
         for name in (
             "hidden_act", "hidden_activation", "activation", "activation_function", "dense_act_fn",
         ):  # fmt: skip
             if isinstance(activation := getattr(config, name, None), str):
                 return activation
     named = {"QuickGELU": "quick_gelu", "BloomGelu": "gelu_pytorch_tanh"}
-    classes = (type(module).__name__ for module in layer.modules())
+    classes = (type(module).__name__ for module in model.get_submodule(layer).modules())
     return next((named[name] for name in classes if name in named), "gelu")

@@ -13,11 +13,11 @@ class Family:
     """One row. Names are relative to ``layer`` and lack ``.weight`` / ``.bias``.
 
     ``q`` = ``k`` = ``v`` means one fused tensor with the three stacked in that order, or, where
-    they are ``per_head``, taking turns: the queries of a KV head, its key, its value. ``gate`` =
-    ``up``: one tensor, the gate's half first.
+    they are ``per_head``, taking turns: the queries of a KV head, its key, its value. ``k`` = ``v``
+    alone: one tensor, the keys first. ``gate`` = ``up``: one tensor, the gate's half first.
     ``join`` stands between a name and ``weight`` or ``bias`` in the q, k and v names.
     ``classes`` are the classes of the module that owns q whose gauge group was checked.
-    A row without ``up`` and ``down`` is attention alone (T5's decoders have two per block).
+    A row without ``up`` and ``down`` is attention alone (that of decoders which reads an encoder).
     ``gate`` is the activated branch of a gated MLP. ``qk_norm``: the gains of Q's and K's norm, per
     head or (``whole_norm``) over all of them. ``settings``: what the configuration must say.
     ``beside``: a pattern of further names below the layer whose weights the row answers for.

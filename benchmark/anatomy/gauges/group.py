@@ -12,6 +12,7 @@ from benchmark.anatomy.blocks import Axis, Channels, Slot
 from benchmark.anatomy.gauges.base import Abelian, Element, Gauge, beside
 from benchmark.anatomy.gauges.batchnorm import Statistics
 from benchmark.anatomy.gauges.blocks import HeadOrder, QueryKey, QueryOrder, UnitOrder, ValueOutput
+from benchmark.anatomy.gauges.instance import FilterScale
 from benchmark.anatomy.gauges.norms import NormShift, NullDirection
 from benchmark.anatomy.gauges.rows.towers import wiring
 from benchmark.anatomy.gauges.scales import (
@@ -37,6 +38,7 @@ KINDS: tuple[type[Gauge], ...] = (
     StreamPermutation,
     StreamSign,
     Statistics,
+    FilterScale,
     LayerScale,
     NormShift,
     NormGain,
@@ -286,6 +288,7 @@ def of(model: nn.Module | Anatomy, state: Mapping[str, Tensor]) -> Group:
         found += [QueryKeySign(where, block, both, sizes)]
         found += [QueryKeyGain(where, block, both), QueryKeyLength(where, block)]
     found += [Statistics(norm.name, norm, len(norm.mean.read(state))) for norm in wired.batch_norms]
+    found += [FilterScale(n.name, n, len(n.gain.read(state))) for n in wired.instance_norms]
     order = {kind: i for i, kind in enumerate(KINDS)}
     return Group(tuple(sorted(found, key=lambda g: order[type(g)])), wired.uncovered)
 
@@ -322,6 +325,8 @@ def _stream(stream: Stream) -> Iterator[Gauge]:
     if not stream.closed:
         return
     yield StreamPermutation(stream.name, stream)
+    if stream.activated:
+        return
     yield StreamSign(stream.name, stream)
     # A gain on the path, or one that a tied output reads, stands between the stream and R.
     if not any(
@@ -359,8 +364,8 @@ def _gains(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
 def _shifts(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
     if len(segment.sources) != 1 or segment.embeddings or segment.tied or not segment.readers:
         return
-    (norm,), biases = segment.sources, [reader.bias for reader in segment.readers]
-    if norm.bias is None or None in biases:
+    (norm,) = segment.sources
+    if norm.bias is None or any(r.bias is None for r in segment.readers if r not in segment.free):
         return
     if not segment.norms and not segment.writers:
         yield NormShift(norm.name, norm, segment.readers, segment.width)
@@ -375,7 +380,7 @@ def _nulls(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
         return
     (norm,) = segment.sources
     for reader in segment.readers:
-        if norm.bias is None or reader.bias is not None:
+        if norm.bias is None or reader.bias is not None or reader in segment.free:
             _, outputs, taps = columns(reader, state).shape
             yield NullDirection(reader.weight.key, norm, reader, (outputs, taps))
 
@@ -386,17 +391,21 @@ def _constants(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]
     found: list[tuple[Axis, Slot | None]] = [
         (Axis(slot, 0), w.scale) for w in segment.writers for slot in w.linear.slots()
     ]
+    also = {group[0]: group[1:] for group in segment.aliases}
+    twice = {axis for group in also.values() for axis in group}
     if not segment.readers:
-        found += [(axis, None) for axis in segment.embeddings if axis not in segment.tied]
+        kept = {*segment.tied, *twice}
+        found += [(axis, None) for axis in segment.embeddings if axis not in kept]
         found += [(Axis(n.bias, 0), None) for n in segment.sources if n.bias is not None]
     if segment.depthwise is not None and segment.depthwise.bias is not None:
         found.append((Axis(segment.depthwise.bias, 0), None))
     for axis, scale in found:
-        yield Constant(axis.slot.key, axis, matrix(axis, state).shape[1], scale)
+        size = matrix(axis, state).shape[1]
+        yield Constant(axis.slot.key, axis, size, scale, also.get(axis, ()))
 
 
 def _scale(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
-    if not segment.norms:
+    if not segment.norms or segment.given or segment.activated:
         return
     gains = tuple(Axis(slot, 0) for norm in segment.sources for slot in norm.slots())
     writers = tuple(Axis(slot, 0) for w in segment.writers for slot in w.linear.slots())

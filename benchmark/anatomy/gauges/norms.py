@@ -24,7 +24,10 @@ from benchmark.core.state import State
 
 @dataclass(frozen=True)
 class NormShift(Shift):
-    """β → β + δ, readers' b → b − W·δ; ``writer``: a bias that is added later, b → b − δ."""
+    """β → β + δ, readers' b → b − W·δ; ``writer``: a bias that is added later, b → b − δ.
+
+    A reader without a bias gives keys, whose constants softmax ignores.
+    """
 
     norm: Norm
     readers: tuple[Linear, ...]
@@ -39,7 +42,7 @@ class NormShift(Shift):
     def move(self, state: State, element: Element) -> None:
         (delta,) = element
         add_to(self.norm.bias, state, delta)
-        for reader in self.readers:
+        for reader in self._answering:
             add_to(reader.bias, state, -columns(reader, state).sum(2).T @ delta)
         if self.writer is not None:
             add_to(self.writer, state, -delta)
@@ -53,7 +56,7 @@ class NormShift(Shift):
         assert self.norm.bias is not None
         right = vector(self.norm.bias, anchor) - vector(self.norm.bias, state)
         left = torch.eye(self.width, dtype=right.dtype, device=right.device)
-        for reader in self.readers:
+        for reader in self._answering:
             assert reader.bias is not None
             own, goal = (
                 torch.cat([columns(reader, s).sum(2), vector(reader.bias, s)[None]])
@@ -67,6 +70,10 @@ class NormShift(Shift):
             right = right + vector(self.writer, state) - vector(self.writer, anchor)
             left = left + torch.eye(self.width, dtype=right.dtype, device=right.device)
         return (torch.linalg.solve(left, right),)
+
+    @property
+    def _answering(self) -> tuple[Linear, ...]:
+        return tuple(reader for reader in self.readers if reader.bias is not None)
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,14 @@ from benchmark.core.state import State
 class Constant(Shift):
     """X → X + 1·aᵀ for one tensor of a segment that only LayerNorms read: they remove the mean.
 
-    ``scale``: a layer scale λ between the tensor and the stream, where 1 becomes 1/λ.
+    ``scale``: a layer scale λ between the tensor and the stream, where 1 becomes 1/λ. ``also``:
+    further names of the tensor.
     """
 
     axis: Axis
     columns: int
     scale: Slot | None = None
+    also: tuple[Axis, ...] = ()
 
     kind: ClassVar[str] = "constant"
 
@@ -39,8 +41,9 @@ class Constant(Shift):
         return (normal((self.columns,), rng, 1.0),)
 
     def move(self, state: State, element: Element) -> None:
-        value = matrix(self.axis, state)
-        write_matrix(self.axis, state, value + self._direction(state)[:, None] * element[0])
+        constant = self._direction(state)[:, None] * element[0]
+        for axis in (self.axis, *self.also):
+            write_matrix(axis, state, matrix(axis, state) + constant)
 
     def standard(self, state: Mapping[str, Tensor]) -> Element:
         return (-self._direction(state) @ matrix(self.axis, state),)

@@ -90,9 +90,13 @@ class Segment:
         readers: linear maps that read it.
         norms: norms that read it.
         together: pairs of embeddings of which one of each is always added.
+        aliases: names of embeddings that are one tensor.
+        activated: what enters it through an activation, by the axis that lies along it.
+        given: something outside the State enters it.
         tied: embeddings that are the output matrix too: of the segment they enter, and of the last
             one, which they read.
         after_tied: the norm before a tied output, which divides what scales the embeddings.
+        free: readers without a bias that need none: a constant that is added to keys is ignored.
         head: its readers are the model's heads.
         open: something outside the State reads it (or nothing says what does).
         depthwise: a convolution that writes each channel by itself (ConvNeXt).
@@ -108,6 +112,10 @@ class Segment:
     together: tuple[tuple[tuple[Part, ...], tuple[Part, ...]], ...] = ()
     tied: tuple[Axis, ...] = ()
     after_tied: tuple[Norm, ...] = ()
+    aliases: tuple[tuple[Axis, ...], ...] = ()
+    activated: tuple[Axis, ...] = ()
+    given: bool = False
+    free: tuple[Linear, ...] = ()
     head: bool = False
     open: bool = False
     depthwise: Linear | None = None
@@ -115,7 +123,8 @@ class Segment:
     @property
     def axes(self) -> tuple[Axis, ...]:
         """Everything that lies along it but the gains of norms."""
-        found = [*self.embeddings, *(Axis(n.bias, 0) for n in self.sources if n.bias is not None)]
+        found = [*self.embeddings, *self.activated]
+        found += [Axis(n.bias, 0) for n in self.sources if n.bias is not None]
         for writer in self.writers:
             found += [Axis(slot, 0) for slot in writer.linear.slots()]
         return (*found, *(Axis(reader.weight, 1) for reader in self.readers))
@@ -142,7 +151,12 @@ class Stream:
     @property
     def closed(self) -> bool:
         """Whether all that lies along the axis is in the State."""
-        return self.renamed and not any(segment.open for segment in self.segments)
+        return self.renamed and not any(s.open or s.given for s in self.segments)
+
+    @property
+    def activated(self) -> bool:
+        """Whether anything enters it through an activation, which knows no signs or rotations."""
+        return any(segment.activated for segment in self.segments)
 
 
 @dataclass(frozen=True)
@@ -158,14 +172,24 @@ class BatchNorm:
 
 
 @dataclass(frozen=True)
+class InstanceNorm:
+    """A convolution and the norm behind it, which each channel has by itself."""
+
+    name: str
+    conv: Linear
+    gain: Slot
+
+
+@dataclass(frozen=True)
 class Wiring:
-    """All streams and batch norms of a model, and the gains of QK-norms.
+    """All streams, batch and instance norms of a model, and the gains of QK-norms.
 
     ``uncovered``: which part of it has no gauges, and why.
     """
 
     streams: tuple[Stream, ...] = ()
     batch_norms: tuple[BatchNorm, ...] = ()
+    instance_norms: tuple[InstanceNorm, ...] = ()
     qk_gains: tuple[tuple[AttentionBlock, tuple[Slot, Slot]], ...] = ()
     uncovered: tuple[str, ...] = ()
 

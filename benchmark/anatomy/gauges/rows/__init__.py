@@ -13,11 +13,13 @@ last norm gives is the model's output, and nothing may change it. Convolutional 
 
 from __future__ import annotations
 
+from benchmark.anatomy.gauges.rows.audio import AUDIO
+from benchmark.anatomy.gauges.rows.crossing import CROSSING
 from benchmark.anatomy.gauges.rows.decoders import DECODERS
 from benchmark.anatomy.gauges.rows.encoders import ENCODERS
 from benchmark.anatomy.gauges.rows.row import Row
 from benchmark.anatomy.gauges.rows.vision import VISION
 
-ROWS: tuple[Row, ...] = (*ENCODERS, *VISION, *DECODERS)
+ROWS: tuple[Row, ...] = (*ENCODERS, *VISION, *DECODERS, *AUDIO, *CROSSING)
 
 __all__ = ["ROWS", "Row"]

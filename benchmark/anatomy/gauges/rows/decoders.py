@@ -18,6 +18,7 @@ DECODERS: tuple[Row, ...] = (
     Row(
         families=("gpt2",),
         norms=("ln_1", "ln_2"),
+        cross=("gpt2-cross", "ln_cross_attn"),
         embeddings=("wte.weight", "wpe.weight"),
         needs=("wte.weight",),
         last=("ln_f",),

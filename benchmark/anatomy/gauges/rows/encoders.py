@@ -11,11 +11,13 @@ _TYPES = "embeddings.token_type_embeddings.weight"
 ENCODERS: tuple[Row, ...] = (
     Row(
         families=("bert",),
+        encodes=True,
         norms=("attention.output.LayerNorm", "output.LayerNorm"),
         embeddings=(_TOKENS, _PLACES, _TYPES),
         needs=(_TOKENS,),
         first=("embeddings.LayerNorm",),
         post=True,
+        cross=("bert-cross", "crossattention.output.LayerNorm"),
         together=(((_TOKENS,), (_PLACES,)), ((_TYPES,), (_PLACES,))),
         heads=(
             ("bert.", "bert.pooler.dense", r"classifier\.(weight|bias)"),
@@ -25,6 +27,7 @@ ENCODERS: tuple[Row, ...] = (
     ),
     Row(
         families=("distilbert",),
+        encodes=True,
         norms=("sa_layer_norm", "output_layer_norm"),
         embeddings=(_TOKENS, _PLACES),
         needs=(_TOKENS,),

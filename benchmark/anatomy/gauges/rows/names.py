@@ -1,10 +1,9 @@
 """The layers of a model, and which of its tensors a wiring has answered for."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from benchmark.anatomy.blocks import AttentionBlock, Axis, Linear, MLPBlock, Slot
@@ -22,18 +21,23 @@ from benchmark.anatomy.whole import Anatomy
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its full name and its blocks."""
+    """One layer: its full name and its blocks; ``cross``: that which reads an encoder."""
 
     name: str
     attention: AttentionBlock
     mlp: MLPBlock | None
+    cross: AttentionBlock | None = None
 
 
 class Names:
-    """The tensors of a State, and which of them a wiring has answered for."""
+    """The tensors of a State, and which of them a wiring has answered for.
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
+    ``tied``: names that are one tensor in the model (:class:`Anatomy`).
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], tied: Sequence[tuple[str, ...]] = ()) -> None:
         self.state, self.used = state, set[str]()
+        self._same = {key: names for names in tied for key in names}
         self.qk_gains: list[tuple[AttentionBlock, tuple[Slot, Slot]]] = []
 
     def slot(self, key: str) -> Slot:
@@ -45,10 +49,25 @@ class Names:
         ndim = self.state[key].ndim
         return Axis(self.slot(key), 0 if ndim in (1, 4) else ndim - 1)
 
+    def same(self, key: str) -> tuple[str, ...]:
+        """All names of a tensor in the model, whether the State has them or not."""
+        return self._same.get(key, (key,))
+
+    def axes(self, key: str) -> tuple[Axis, ...]:
+        """An embedding under all the names that the State has of it."""
+        return tuple(self.axis(name) for name in self.same(key) if name in self.state)
+
     def norm(self, name: str, row: Row) -> Norm:
         gain, bias = (self.slot(f"{name}.{part}") for part in ("weight", "bias"))
         found = bias if bias.key in self.state else None
         return Norm(name, gain_of(gain.key, row), found, row.centred)
+
+    def plain_norm(self, name: str) -> Norm | None:
+        """A LayerNorm by its name, if there is one."""
+        if f"{name}.weight" not in self.state:
+            return None
+        gain, bias = self.slot(f"{name}.weight"), self.slot(f"{name}.bias")
+        return Norm(name, gain, bias if bias.key in self.state else None, centred=True)
 
     def linear(self, name: str) -> Linear | None:
         """A layer by its name; a bare (in, out) matrix by its own."""
@@ -71,7 +90,8 @@ def roots_of(
     for name in family.layers(state):
         block = blocks.get(f"{name}{family.q}{family.join}weight")
         end = ends.search(name)
-        if block is not None and end is not None:
+        whole = all(name + weight in state for weight in family.weights())
+        if block is not None and end is not None and whole:
             layer = Layer(name, block, mlps.get(f"{name}{family.up}.weight"))
             found.setdefault(name[: end.start()], []).append(layer)
     return found
@@ -79,14 +99,21 @@ def roots_of(
 
 @dataclass(frozen=True)
 class Side:
-    """Attention or MLP of a layer: what reads, what writes, the norm behind it if there is one."""
+    """Attention or MLP of a layer: what reads, what writes, the norm behind it if there is one.
+
+    ``crossing``: what reads not the stream but an encoder; ``free``: of all these readers the keys
+    to which a constant may be added (softmax ignores it), where they have no bias for that.
+    """
 
     readers: tuple[Linear, ...]
     writer: Writer
-    behind: Norm | None
+    behind: Norm | None = None
+    crossing: tuple[Linear, ...] = ()
+    free: tuple[Linear, ...] = ()
 
 
 def sides_of(names: Names, row: Row, layer: Layer) -> tuple[Side, ...]:
+    """Attention, that which reads an encoder if there is one, and MLP."""
     scales: list[Slot | None] = [None, None]
     for pair in row.scales:
         if all(layer.name + key in names.state for key in pair):
@@ -94,14 +121,23 @@ def sides_of(names: Names, row: Row, layer: Layer) -> tuple[Side, ...]:
     behind: list[Norm | None] = [None, None]
     if row.behind is not None:
         behind = [names.norm(layer.name + norm, row) for norm in row.behind]
-    block, mlp = layer.attention, layer.mlp
+    block, cross, mlp = layer.attention, layer.cross, layer.mlp
     if block.qk_norm is not None:
         q, k = (gain_of(slot.key, row) for slot in block.qk_norm)
         names.qk_gains.append((block, (q, k)))
-    found = [Side(wholes(block.q, block.k, block.v), Writer(block.o, scales[0], block), behind[0])]
+    readers = wholes(block.q, block.k, block.v)
+    found = [Side(readers, Writer(block.o, scales[0], block), behind[0], free=_free(block))]
+    if cross is not None:
+        crossing, writer = wholes(cross.k, cross.v), Writer(cross.o, None, cross)
+        found.append(Side(wholes(cross.q), writer, crossing=crossing, free=_free(cross)))
     if mlp is not None:
         found.append(Side(wholes(mlp.up, mlp.gate), Writer(mlp.down, scales[1]), behind[1]))
     return tuple(found)
+
+
+def _free(block: AttentionBlock) -> tuple[Linear, ...]:
+    alone = block.k.weight.rows is None and block.k.bias is None
+    return wholes(block.k) if alone and block.free_key_bias else ()
 
 
 def gain_of(key: str, row: Row) -> Slot:
@@ -120,6 +156,10 @@ def head_of(
         if not root.endswith(owner):
             continue
         at = root.removesuffix(owner)
+        tied = names.axes(f"{at}{head}.weight")
+        if not rest and set(tied) & set(embeddings):
+            names.linear(at + head)
+            return (), tied
         following = [k for k in names.state if rest and re.fullmatch(re.escape(at) + rest, k)]
         linear = names.linear(at + head)
         if linear is None or linear.weight.read(names.state).shape[1] != width:
@@ -127,11 +167,6 @@ def head_of(
         if rest and not following:
             continue
         names.used.update(following)
-        weight = linear.weight.read(names.state)
-        for axis in embeddings:
-            other = axis.slot.read(names.state)
-            if other.shape == weight.shape and torch.equal(other, weight):
-                return (), (axis, Axis(linear.weight, 1))
         return (linear,), ()
     return (), ()
 
@@ -142,19 +177,13 @@ def together_of(
     for sides in row.together:
         parts = []
         for side in sides:
-            there = []
+            there = list[Part]()
             for i, name in enumerate(side):
                 key, _, columns = name.partition("[")
-                if root + key in names.state:
-                    start, _, stop = columns.rstrip("]").partition(":")
-                    there.append(
-                        Part(
-                            names.axis(root + key),
-                            int(start or 0),
-                            int(stop) if stop else None,
-                        )
-                    )
-                elif i == 0:
+                start, _, stop = columns.rstrip("]").partition(":")
+                axes = names.axes(root + key)
+                there += [Part(axis, int(start or 0), int(stop) if stop else None) for axis in axes]
+                if i == 0 and not axes:
                     break
             parts.append(tuple(there))
         if all(parts):

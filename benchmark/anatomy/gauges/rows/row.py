@@ -25,7 +25,15 @@ class Row:
         inside: what stands between ``root`` and the layer.
         heads: ``(root, head, rest)``: the head of a model whose tower is at ``root``; ``rest``, if
             given, is a pattern of what follows the head, which must be there.
-        beside: a pattern of tensors below ``root`` that hang on the model's output.
+        beside: a pattern of tensors below ``root`` that hang on the model's output, or only on the
+            input.
+        marks: tensors below ``root``, all of which must be there: they tell rows apart.
+        encodes: the model's output is what the last norm gives, and a decoder that reads it reads
+            that.
+        cross: the family of the attention with which a layer reads an encoder, and its norm.
+        places: positions that are added to the embeddings. Where the State has none of those that
+            are ``embeddings``, what the code makes up instead is added.
+        activated: embeddings that an activation stands behind.
     """
 
     families: tuple[str, ...]
@@ -43,3 +51,8 @@ class Row:
     inside: str = ""
     heads: tuple[tuple[str, str, str], ...] = ()
     beside: str = ""
+    marks: tuple[str, ...] = ()
+    encodes: bool = False
+    cross: tuple[str, str] | None = None
+    places: tuple[str, ...] = ()
+    activated: tuple[str, ...] = ()

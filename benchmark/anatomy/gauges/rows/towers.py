@@ -2,40 +2,38 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
-from benchmark.anatomy.blocks import Linear
-from benchmark.anatomy.families import FAMILIES, Family
+from benchmark.anatomy.blocks import Axis
+from benchmark.anatomy.families import FAMILIES
 from benchmark.anatomy.gauges.convolutional import convolutional
 from benchmark.anatomy.gauges.rows import ROWS
-from benchmark.anatomy.gauges.rows.crossing import t5
+from benchmark.anatomy.gauges.rows.audio import waves
+from benchmark.anatomy.gauges.rows.join import attached, streams
 from benchmark.anatomy.gauges.rows.names import (
     Layer,
     Names,
-    Side,
     head_of,
     roots_of,
     sides_of,
     together_of,
 )
+from benchmark.anatomy.gauges.rows.parts import Parts
 from benchmark.anatomy.gauges.rows.row import Row
-from benchmark.anatomy.gauges.wiring import (
-    Norm,
-    Segment,
-    Stream,
-    Wiring,
-)
+from benchmark.anatomy.gauges.wiring import Norm, Segment, Wiring
 from benchmark.anatomy.whole import Anatomy
 
 #: What reads nothing of a stream and writes nothing into it.
-_BESIDE = re.compile(r".*(relative_attention_bias\.weight|logit_scale|logit_bias|\.inv_freq)")
+_BESIDE = re.compile(
+    r".*(relative_attention_bias\.weight|logit_scale|logit_bias|\.inv_freq|final_logits_bias)"
+)
 
 
 def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
     """The streams and batch norms of a model, from the names of ``state``."""
-    names = Names(state)
+    names = Names(state, anatomy.tied)
     for block in anatomy.attention:
         for linear in block.linears().values():
             names.used.update(slot.key for slot in linear.slots())
@@ -45,17 +43,10 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
     for mlp in anatomy.mlp:
         names.used.update(slot.key for slot in mlp.down.slots())
     inside = set(names.used)
-    families = {family.name: family for family in FAMILIES}
-    present = [families[name] for name in anatomy.family.split("+") if name in families]
-    towers: list[tuple[str, Stream]] = list(t5(names, anatomy, present))
-    for family in present:
-        for root, layers in roots_of(family, anatomy, state).items():
-            row = _row(family, layers, state)
-            if row is not None:
-                at = root.removesuffix(row.inside)
-                if any(at + need in state for need in row.needs):
-                    towers.append((at, _tower(names, row, at, layers)))
-    streams, batch_norms, elsewhere = convolutional(anatomy, state)
+    towers, unread = attached(list(_towers(names, anatomy)))
+    whole = list(streams(towers))
+    beside, batch_norms, elsewhere = convolutional(anatomy, state)
+    sounding, instance_norms = waves(names, anatomy)
     left = [
         key
         for key, value in state.items()
@@ -65,131 +56,118 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         and not key.startswith(elsewhere)
     ]
     # What lies in no tower may read any of them: a block without a row of its own, too.
-    roots = (*(root for root, _ in towers), *elsewhere)
-    outside = [key for key in state if (key in inside or key in left) and not key.startswith(roots)]
+    places = (*(tower.root for tower in towers), *elsewhere)
+    outside = [k for k in state if (k in inside or k in left) and not k.startswith(places)]
     sound, uncovered = [], []
-    for root, stream in towers:
-        strange = [key for key in left if key.startswith(root)] or outside
+    for roots, stream in whole:
+        strange = [key for key in left if key.startswith(roots)] or outside
         if strange:
-            uncovered.append(
-                f"gauges outside the blocks of {stream.name}: no row knows {strange[0]!r}"
-            )
+            reason = f"no row knows {strange[0]!r}"
+        elif alone := [root for root in roots if root in unread]:
+            reason = unread[alone[0]]
         else:
             sound.append(stream)
-    wired = {r.weight.key for _, stream in towers for s in stream.segments for r in s.readers}
+            continue
+        uncovered.append(f"gauges outside the blocks of {stream.name}: {reason}")
+    wired = {r.weight.key for _, stream in whole for s in stream.segments for r in s.readers}
     uncovered += [
         f"gauges outside the block {key!r}: no row says which norm it reads"
         for key in dict.fromkeys(block.q.weight.key for block in anatomy.attention)
         if key not in wired
     ]
-    return Wiring((*sound, *streams), batch_norms, tuple(names.qk_gains), tuple(uncovered))
+    return Wiring(
+        (*sound, *beside, *sounding),
+        batch_norms,
+        tuple(instance_norms),
+        tuple(names.qk_gains),
+        tuple(uncovered),
+    )
 
 
-def _row(family: Family, layers: Sequence[Layer], state: Mapping[str, Tensor]) -> Row | None:
-    """The row whose norms every layer has."""
-    for row in ROWS:
-        wanted = [*(row.norms or ()), *(row.behind or ())]
-        if family.name in row.families and all(
-            f"{layer.name}{norm}.weight" in state for layer in layers for norm in wanted
-        ):
-            return row
-    return None
+def _towers(names: Names, anatomy: Anatomy) -> Iterator[Parts]:
+    """What each row of a family that the model has says of its towers."""
+    present = anatomy.family.split("+")
+    for family in (family for family in FAMILIES if family.name in present):
+        for root, layers in roots_of(family, anatomy, names.state).items():
+            rows = (row for row in ROWS if family.name in row.families)
+            fits = (row for row in rows if _fits(row, root.removesuffix(row.inside), layers, names))
+            row = next(fits, None)
+            if row is not None:
+                at = root.removesuffix(row.inside)
+                if any(names.axes(at + need) for need in row.needs):
+                    yield _tower(names, row, at, _crossed(row, root, layers, anatomy, names.state))
 
 
-def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Stream:
+def _fits(row: Row, root: str, layers: Sequence[Layer], names: Names) -> bool:
+    """Whether every layer has the row's norms, and the tower its marks."""
+    wanted = [*(row.norms or ()), *(row.behind or ())]
+    return all(
+        f"{layer.name}{norm}.weight" in names.state for layer in layers for norm in wanted
+    ) and all(root + mark in names.state for mark in row.marks)
+
+
+def _crossed(
+    row: Row, root: str, layers: Sequence[Layer], anatomy: Anatomy, state: Mapping[str, Tensor]
+) -> list[Layer]:
+    """The layers, with the attention of each that reads an encoder."""
+    if row.cross is None:
+        return list(layers)
+    family = next(family for family in FAMILIES if family.name == row.cross[0])
+    blocks = {
+        layer.name: layer.attention for layer in roots_of(family, anatomy, state).get(root, ())
+    }
+    return [replace(layer, cross=blocks.get(layer.name)) for layer in layers]
+
+
+def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Parts:
     state = names.state
-    embeddings = tuple(names.axis(root + key) for key in row.embeddings if root + key in state)
+    named = dict.fromkeys(axis for key in row.embeddings for axis in names.axes(root + key))
     first = [names.norm(root + n, row) for n in row.first if f"{root}{n}.weight" in state]
     last = [names.norm(root + n, row) for n in row.last if f"{root}{n}.weight" in state]
-    norms = [
-        tuple(names.norm(layer.name + norm, row) for norm in row.norms or ()) for layer in layers
-    ]
+    norms = [_norms(names, row, layer) for layer in layers]
     width = layers[0].attention.q.weight.read(state).shape[1]
     sides = [side for layer in layers for side in sides_of(names, row, layer)]
-    head, tied = head_of(names, row, root, embeddings, width)
+    head, tied = head_of(names, row, root, tuple(named), width)
     if row.beside:
         names.used.update(key for key in state if re.fullmatch(re.escape(root) + row.beside, key))
-    parts = _Parts(
+    aliases = (names.axes(root + key) for key in row.embeddings)
+    final = last[0] if last else norms[-1][-1]
+    return Parts(
         root,
         width,
         entry=Segment(
             f"{root}embeddings",
             width,
-            embeddings=tuple(dict.fromkeys((*embeddings, *tied))),
+            embeddings=tuple(named),
             norms=tuple(first),
             together=tuple(together_of(row, root, names)),
             tied=tied,
-            after_tied=tuple(last) if tied else (),
+            after_tied=(final,) if tied else (),
+            aliases=tuple(group for group in aliases if len(group) > 1),
+            activated=tuple(
+                Axis(names.slot(root + key), 0) for key in row.activated if root + key in state
+            ),
+            given=bool(row.places)
+            and not any(
+                names.axes(root + place) for place in row.places if place in row.embeddings
+            ),
         ),
         first=first[0] if first else None,
         norms=tuple(norms),
         sides=tuple(sides),
-        last=last[0] if last else norms[-1][-1],
+        last=final,
         end=Segment(
             "", width, readers=head, head=bool(head), open=not head and not tied, tied=tied
         ),
+        mlps=tuple(layer.mlp for layer in layers if layer.mlp is not None),
+        post=row.post,
+        encodes=row.encodes,
     )
-    mlps = tuple(layer.mlp for layer in layers if layer.mlp is not None)
-    return Stream(root or "model", tuple((_post if row.post else _pre)(parts)), mlps)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What a tower is made of, before it is cut into segments."""
-
-    root: str
-    width: int
-    entry: Segment
-    first: Norm | None
-    norms: tuple[tuple[Norm, ...], ...]
-    sides: tuple[Side, ...]
-    last: Norm
-    end: Segment
-
-    def behind(self) -> Iterator[Norm]:
-        """The norms between the writers and the stream."""
-        return (side.behind for side in self.sides if side.behind is not None)
-
-
-def _pre(parts: _Parts) -> Iterator[Segment]:
-    """Norms before attention and MLP: one long segment, and one behind each norm."""
-    main, mains = Segment(f"{parts.root}stream", parts.width), list(parts.behind())
-    if parts.first is not None:
-        yield parts.entry
-        mains.insert(0, parts.first)
-    norms = [norm for pair in parts.norms for norm in pair]
-    readers: dict[Norm, list[Linear]] = {}
-    for norm, side in zip(norms, parts.sides, strict=bool(norms)):
-        readers.setdefault(norm, []).extend(side.readers)
-    yield replace(
-        main if parts.first is not None else parts.entry,
-        name=main.name,
-        sources=tuple(mains),
-        writers=tuple(side.writer for side in parts.sides if side.behind is None),
-        readers=() if norms else tuple(r for side in parts.sides for r in side.readers),
-        norms=(*readers, parts.last),
-    )
-    for side in parts.sides:
-        if side.behind is not None:
-            name = side.writer.linear.weight.key
-            yield Segment(name, parts.width, writers=(side.writer,), norms=(side.behind,))
-    for norm, linears in readers.items():
-        yield Segment(norm.name, parts.width, sources=(norm,), readers=tuple(linears))
-    yield replace(parts.end, name=parts.last.name, sources=(parts.last,))
-
-
-def _post(parts: _Parts) -> Iterator[Segment]:
-    """Norms behind the sums: a segment between each two."""
-    assert parts.first is not None
-    yield parts.entry
-    norms = [parts.first, *(norm for pair in parts.norms for norm in pair)]
-    for norm, following, side in zip(norms, norms[1:], parts.sides, strict=False):
-        yield Segment(
-            norm.name,
-            parts.width,
-            sources=(norm,),
-            readers=side.readers,
-            writers=(side.writer,),
-            norms=(following,),
-        )
-    yield replace(parts.end, name=norms[-1].name, sources=(norms[-1],))
+def _norms(names: Names, row: Row, layer: Layer) -> tuple[Norm, ...]:
+    """The norms of a layer, one for each side."""
+    found = [names.norm(layer.name + norm, row) for norm in row.norms or ()]
+    if layer.cross is not None and row.cross is not None:
+        found.insert(1, names.norm(layer.name + row.cross[1], row))
+    return tuple(found)

@@ -21,6 +21,7 @@ _VIT_TOGETHER = (
 VISION: tuple[Row, ...] = (
     Row(
         families=("vit",),
+        encodes=True,
         norms=("layernorm_before", "layernorm_after"),
         embeddings=_VIT[0],
         needs=_VIT[1],
@@ -31,6 +32,7 @@ VISION: tuple[Row, ...] = (
     ),
     Row(
         families=("dinov2",),
+        encodes=True,
         norms=("norm1", "norm2"),
         embeddings=_VIT[0],
         needs=_VIT[1],
