@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmark.anatomy import MLPBlock, Slot, taps
 from benchmark.anatomy.gauges import align
 from benchmark.api.contracts import Access, Attack, Card, Knowledge
+from benchmark.core.errors import MethodError
 from benchmark.core.state import State
 
 
@@ -44,6 +45,8 @@ class LayerRefit(Attack):
     def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
         base, anatomy = knowledge.base, knowledge.anatomy
         used = knowledge.shipped or released
+        if any(mlp.norm for mlp in anatomy.mlp):
+            raise MethodError("layer-refit fits MLPs without a norm over their hidden units")
         state = align(released, base, anatomy)
         keys = [lin.weight.key for mlp in anatomy.mlp for lin in (mlp.up, mlp.down)]
         inputs = knowledge.unlabeled(self.per_task, rng, victim_only=True)

@@ -63,7 +63,7 @@ class NormInflation(Defense):
             apply_qk(state, block, within(block, matrices))
             apply_vo(state, block, matrices)
         anatomy, factor = victim.anatomy, torch.tensor(self.factor, dtype=torch.float64)
-        free: list[MLPBlock | Channels] = [mlp for mlp in anatomy.mlp if mlp.gate is not None]
+        free: list[MLPBlock | Channels] = [m for m in anatomy.mlp if m.unit_scale == "signed"]
         free += [channels for channels in anatomy.channels if channels.unit_scale is not None]
         for units in free:
             n = units.width(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -66,9 +67,10 @@ def test_finds_every_block(name: str) -> None:
     model, _ = zoo.tiny(name)
     anatomy = Anatomy.of(model)
     crossing, encoder = name in zoo.CROSSING, zoo.CROSSING.get(name, zoo.WIDTH)
-    towers = 2 if crossing or name in ("clip", "open-clip", "open-clip-custom-text") else 1
+    towers = 2 if crossing or name in zoo.vision.TWO else 1
     cross = zoo.LAYERS if crossing else 0  # the decoder's second attention
-    assert len(anatomy.mlp) == towers * zoo.LAYERS
+    pool = name in zoo.vision.POOLED
+    assert len(anatomy.mlp) == towers * zoo.LAYERS + pool
     assert len(anatomy.attention) == len(anatomy.mlp) + cross
     assert anatomy.qk_gauge == zoo.RESTRICTED.get(name, "general")
     state = model.state_dict()
@@ -76,8 +78,10 @@ def test_finds_every_block(name: str) -> None:
     for block in anatomy.attention:
         stream = block.q.weight.read(state).shape[1]
         size, reads = stream // zoo.HEADS, block.k.weight.read(state).shape[1]
-        assert stream in (zoo.WIDTH, encoder)
+        assert stream in (zoo.WIDTH, encoder) or name in zoo.vision.STAGED
         assert reads == (encoder if ".encoder_attn." in block.k.weight.key else stream)
+        if name in zoo.vision.STAGED:
+            continue  # other heads in every stage
         assert (block.heads, block.kv_heads, block.head_dim) == (zoo.HEADS, kv_heads, size)
         for side, linear in block.linears().items():
             rows = stream if side == "o" else size * (kv_heads if side in "kv" else zoo.HEADS)
@@ -89,7 +93,7 @@ def test_finds_every_block(name: str) -> None:
     for mlp in anatomy.mlp:
         width = mlp.up.weight.read(state).shape[1]
         assert width == mlp.down.weight.read(state).shape[0]
-        assert width in (zoo.WIDTH, encoder)
+        assert width in (zoo.WIDTH, encoder) or name in zoo.vision.STAGED
         assert (mlp.gate is not None) == (name in zoo.GATED)
         assert mlp.activation in ACTIVATIONS
     # Every matrix of a layer belongs to a block.
@@ -283,19 +287,27 @@ def test_the_activation_is_that_of_the_tower() -> None:
     assert [mlp.unit_scale for mlp in anatomy.mlp] == [None, None, "positive", "positive"]
 
 
-def test_gated_mlp_of_dinov2_is_refused() -> None:
-    from transformers import Dinov2Config, Dinov2Model
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"qk_norm": True}, r"'blocks\.0\.attn\.q_norm\.weight' does to attention"),
+        ({"scale_attn_norm": True}, r"'blocks\.0\.attn\.norm\.weight' does to attention"),
+        ({"scale_mlp_norm": True}, r"MLP with 'blocks\.0\.mlp\.norm\.weight'"),
+        ({"mlp_layer": "GluMlp"}, "MLP with 96 units before and 48 behind"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_variants_of_timms_transformer_are_refused(fields: dict[str, Any], said: str) -> None:
+    import timm.layers
+    from timm.models.vision_transformer import VisionTransformer
 
-    config = Dinov2Config(
-        hidden_size=16,
-        num_attention_heads=2,
-        num_hidden_layers=1,
-        image_size=8,
-        patch_size=4,
-        use_swiglu_ffn=True,
+    if "mlp_layer" in fields:
+        fields = {"mlp_layer": timm.layers.GluMlp}
+    model = VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=64, depth=1, num_heads=8, mlp_ratio=1.5, **fields
     )
-    with pytest.raises(UsageError, match=r"dinov2.*mlp\.fc1\.weight.*gated"):
-        Anatomy.of(Dinov2Model(config))
+    with pytest.raises(UsageError, match=said):
+        Anatomy.of(model)
 
 
 def test_rotary_model_with_the_names_of_bert_is_refused() -> None:

@@ -98,7 +98,7 @@ def test_blocks_are_what_methods_can_use() -> None:
     assert {mlp.activation for mlp in anatomy.mlp} == {"gelu"}
     assert [mlp.width(state) for mlp in anatomy.mlp] == [32, 32, 64]
     assert setting("convnextv2")[3].mlp == ()  # a response norm stands before pwconv2
-    assert len(setting("open-clip-resnet")[3].attention) == 1  # the text tower's
+    assert len(setting("open-clip-resnet")[3].attention) == 2  # the text tower's, and the pool
     scaled = [c for c in setting("resnet")[3].channels if c.unit_scale]
     assert len(scaled) == 4  # one between the convolutions of each block
 

@@ -86,7 +86,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_an_unreadable_file_and_an_unknown_task(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot read .*none.toml: No such file"):
+    with pytest.raises(UsageError, match=r"cannot read .*none\.toml: No such file"):
         Declared(str(tmp_path / "none.toml"))
     testbed = Declared(made.write(folders, VISION))
     with pytest.raises(UsageError, match="mine has no task 'on'; did you mean 'one'"):

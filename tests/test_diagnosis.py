@@ -81,7 +81,9 @@ def test_every_lock_is_named(name: str, spec: str) -> None:
         assert found.growth > 15
         assert found.growth_left < 1.1
         assert "inflated" in found.summary
-        assert ("unit-scale" in found.gauges) is any(mlp.gate for mlp in anatomy.mlp)
+        assert ("unit-scale" in found.gauges) is any(
+            mlp.unit_scale == "signed" for mlp in anatomy.mlp
+        )
     elif spec == "none":
         assert found.summary == "no lock found; left as it is"
         assert found.residual == 0

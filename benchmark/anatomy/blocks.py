@@ -137,6 +137,7 @@ class AttentionBlock:
     ``rotated``: so many rows of each head, the first ones, are rotated (None: all); the others are
     free among themselves. ``interleaved``: rotary pairs are (i, i + 1), not (i, i + rotated/2).
     ``whole_norm``: the QK-norm is over all heads together, with a gain for every row.
+    ``cosine``: queries and keys are brought to unit length, with no gain (SwinV2).
     ``fixed_heads``: something outside the block is per head (T5's relative positions, shared by all
     layers; the slopes of ALiBi), so that heads cannot trade places.
     """
@@ -154,6 +155,12 @@ class AttentionBlock:
     rotated: int | None = None
     interleaved: bool = False
     whole_norm: bool = False
+    cosine: bool = False
+
+    @property
+    def normed(self) -> bool:
+        """Whether queries and keys are normalised before they meet."""
+        return self.qk_norm is not None or self.cosine
 
     @property
     def group(self) -> int:
@@ -179,7 +186,7 @@ class AttentionBlock:
     @property
     def qk_gauge(self) -> Gauge:
         """Which per-head maps of Q (with the inverse transpose on K) keep the function."""
-        if self.qk_norm is not None:
+        if self.normed:
             return "sign"
         return "rotary" if self.rotary else "general"
 
@@ -187,12 +194,12 @@ class AttentionBlock:
     def free_key_bias(self) -> bool:
         """Whether the key bias is a gauge of its own: it adds one number to all logits of a query,
         which softmax ignores. Not so when keys are rotated or normalised after it."""
-        return not self.turning and self.qk_norm is None
+        return not self.turning and not self.normed
 
     @property
     def free_rows(self) -> Tensor:
         """The rows of a head whose key bias is free: all, none, or those that are not rotated."""
-        return (torch.arange(self.head_dim) >= self.turning) & (self.qk_norm is None)
+        return (torch.arange(self.head_dim) >= self.turning) & (not self.normed)
 
     def linears(self) -> dict[str, Linear]:
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
@@ -235,17 +242,23 @@ class AttentionBlock:
 
 @dataclass(frozen=True)
 class MLPBlock:
-    """One MLP: ``up`` (n, d), optional ``gate`` (n, d), ``down`` (d, n)."""
+    """One MLP: ``up`` (n, d), optional ``gate`` (n, d), ``down`` (d, n).
+
+    ``norm``: gain and bias of a norm over the hidden units, before ``down``.
+    """
 
     up: Linear
     down: Linear
     gate: Linear | None = None
     activation: str = "gelu"
+    norm: tuple[Slot, ...] = ()
 
     @property
     def unit_scale(self) -> Literal["signed", "positive"] | None:
         """Which factors c per unit, up → c·up and down → down/c, keep the function: any in a gated
         MLP, positive ones under ReLU, none elsewhere (METHODS section 1)."""
+        if self.norm:
+            return None
         if self.gate is not None:
             return "signed"
         return "positive" if self.activation == "relu" else None
@@ -275,4 +288,5 @@ class MLPBlock:
         """Where the hidden units lie: rows of up and gate, columns of down."""
         up = tuple(Axis(slot, 0, power=1) for slot in self.up.slots())
         gate = tuple(Axis(slot, 0) for slot in (self.gate.slots() if self.gate else ()))
-        return (*up, *gate, Axis(self.down.weight, 1, power=-1))
+        norm = tuple(Axis(slot, 0) for slot in self.norm)
+        return (*up, *gate, *norm, Axis(self.down.weight, 1, power=-1))

@@ -26,6 +26,8 @@ _HEAD = re.compile(
     r"(?:^|\.)(classifier|classification_head|cls|head|heads|lm_head|pooler|pre_classifier|"
     r"qa_outputs|score|predictions|vocab_\w+)(?:\.|$)"
 )
+#: What brings a stage to the next one's size: one linear map, no block.
+_BETWEEN = re.compile(r"(?:^|\.)downsample\.reduction(?:\.|$)")
 #: Images have no more channels: what convolves them embeds their patches.
 _COLOURS = 4
 #: In the names of a module's own parameters that are added, not multiplied with.
@@ -88,6 +90,8 @@ def _multiplies(module: nn.Module, name: str, value: Tensor) -> bool:
 
 def _inside(owner: str, owners: dict[str, nn.Module]) -> bool:
     """Whether a module is part of an attention, of a numbered layer or an MLP, but of no head."""
+    if _BETWEEN.search(owner):
+        return False
     parts = owner.split(".")
     above = [type(owners[".".join(parts[:n])]).__name__ for n in range(1, len(parts) + 1)]
     if any("Attention" in name for name in above):

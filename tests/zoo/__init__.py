@@ -12,6 +12,7 @@ erase the task vector (METHODS section 3, trap 1).
 from __future__ import annotations
 
 import functools
+import re
 import zlib
 from collections.abc import Mapping
 
@@ -37,10 +38,10 @@ FAMILIES: tuple[str, ...] = (
     *audio.FAMILIES,
 )  # fmt: skip
 #: The Q/K gauge group of those where it is not the general one.
-RESTRICTED = decoders.RESTRICTED
+RESTRICTED = {**decoders.RESTRICTED, **vision.RESTRICTED}
 #: Those with fewer KV heads than heads; those with a gated MLP.
 GROUPED = decoders.GROUPED
-GATED = (*decoders.GATED, *crossing.GATED)
+GATED = (*decoders.GATED, *crossing.GATED, *vision.GATED)
 #: Those of which an encoder and a decoder have ``LAYERS`` each, and how wide the encoder is.
 CROSSING = dict.fromkeys((*crossing.MODELS, *audio.CROSSING), WIDTH) | crossing.NARROWER
 
@@ -59,6 +60,7 @@ def _examples(rng: torch.Generator, size: int) -> dict[str, Tensor]:
         "pixel_values": images,
         "image": images,
         "x": images,
+        "noise": torch.zeros(BATCH, 4),
         "text": text,
         "input_features": torch.randn(BATCH, audio.BANDS, audio.FRAMES, generator=rng),
         "input_values": torch.randn(BATCH, 128, generator=rng),
@@ -75,10 +77,11 @@ def tiny(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         if value.ndim == 0:  # CLIP's logit scale
             continue
         noise = torch.randn(value.shape, generator=rng)
-        gain = any(part in key.lower() for part in ("norm", "ln_", "lambda1")) and "weight" in key
+        gain = any(part in key.lower() for part in ("norm", "ln_")) and "weight" in key
+        gain |= bool(re.search(r"lambda_?\d|ls\d\.gamma", key))  # layer scales
         if name in convolutional.MODELS and value.ndim == 1 and key.endswith(("weight", "gamma")):
             gain = True  # of a norm that is called bn1, downsample.1 or stem.1
-        value.copy_(1 + 0.1 * noise if gain or "lambda1" in key else 0.2 * noise)
+        value.copy_(1 + 0.1 * noise if gain else 0.2 * noise)
     for key, value in model.named_buffers():
         noise = torch.randn(value.shape, generator=rng)
         if key.endswith("running_mean"):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from benchmark.anatomy.blocks import AttentionBlock, Channels, Linear, MLPBlock, Slot
+from benchmark.anatomy.blocks import AttentionBlock, Axis, Channels, Linear, MLPBlock, Slot
 from benchmark.anatomy.convolutional import towers
 from benchmark.anatomy.coverage import uncovered
 from benchmark.anatomy.families import FAMILIES, Family
@@ -17,7 +17,7 @@ from benchmark.anatomy.filters import filters
 from benchmark.core.errors import UsageError
 
 #: What lies beside the projections and is per head: ``fixed_heads`` answers for it.
-_PER_HEAD = re.compile(r".*relative_attention_bias\.weight")
+_PER_HEAD = re.compile(r".*(relative_attention_bias\.weight|relative_position_bias_table)")
 
 
 class Found(NamedTuple):
@@ -157,6 +157,7 @@ def _read(
         interleaved=family.interleaved and rotary,
         fixed_heads=family.fixed_heads,
         whole_norm=family.whole_norm,
+        cosine=family.cosine,
         qk_norm=None
         if family.qk_norm is None
         else (
@@ -169,7 +170,8 @@ def _read(
     within = f"{(layer + family.q).rpartition('.')[0]}."
     for key, value in state.items():
         strange = key.startswith(within) and key not in named and value.is_floating_point()
-        if strange and not _PER_HEAD.fullmatch(key):
+        known = _PER_HEAD.fullmatch(key) or re.fullmatch(re.escape(layer) + family.beside, key)
+        if strange and not known:
             raise UsageError(
                 f"{type(model).__name__} is like {family.name!r}, whose row does not know what "
                 f"{key!r} does to attention (a norm of queries and keys?)"
@@ -180,13 +182,32 @@ def _read(
     if family.gate == family.up:
         half = len(linear(family.up).weight.read(state)) // 2
         halves = (0, half), (half, 2 * half)
+    inner = (f"{layer}{family.inner}.{kind}" for kind in ("weight", "bias"))
     mlp = MLPBlock(
+        norm=tuple(Slot(key) for key in inner if key in state) if family.inner else (),
         gate=linear(family.gate, rows=halves[0]) if family.gate else None,
         up=linear(family.up, rows=halves[1]),
         down=linear(family.down),
-        activation=_activation(model, attention, layer.rstrip(".")),
+        activation=family.activation or _activation(model, attention, layer.rstrip(".")),
     )
+    _check_mlp(model, state, mlp, family, layer)
     return block, mlp
+
+
+def _check_mlp(
+    model: nn.Module, state: Mapping[str, Tensor], mlp: MLPBlock, family: Family, layer: str
+) -> None:
+    """Refuse an MLP of other parts than the row knows: another width behind, a norm between."""
+    up, down = (len(part.read(state)) for part in (mlp.up.weight, Axis(mlp.down.weight, 1)))
+    named = {axis.slot.key for axis in mlp.axes} | {slot.key for slot in mlp.down.slots()}
+    inside = f"{mlp.up.weight.key.removesuffix('.weight').rpartition('.')[0]}."
+    strange = [k for k in state if k.startswith(inside) and k not in named and inside != layer]
+    if up != down or strange:
+        what = f"{strange[0]!r}" if strange else f"{up} units before and {down} behind"
+        raise UsageError(
+            f"{type(model).__name__} is like {family.name!r}, whose row does not know the MLP with "
+            f"{what} (a norm between? gate and up in one?)"
+        )
 
 
 def _parts(
@@ -210,7 +231,9 @@ def _owner(model: nn.Module, family: Family, layer: str) -> nn.Module:
 
 def _knows(model: nn.Module, family: Family, layer: str) -> bool:
     """Whether the class of the attention is one that the row answers for."""
-    return type(_owner(model, family, layer)).__name__ in family.classes
+    owner = type(_owner(model, family, layer))
+    # A name that many classes have is given with its module.
+    return not {owner.__name__, f"{owner.__module__}.{owner.__name__}"}.isdisjoint(family.classes)
 
 
 def _objection(model: nn.Module, family: Family, layer: str) -> str:

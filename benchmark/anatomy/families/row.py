@@ -20,6 +20,8 @@ class Family:
     A row without ``up`` and ``down`` is attention alone (that of decoders which reads an encoder).
     ``gate`` is the activated branch of a gated MLP. ``qk_norm``: the gains of Q's and K's norm, per
     head or (``whole_norm``) over all of them. ``settings``: what the configuration must say.
+    ``inner``: a norm over the hidden units. ``cosine``: queries and keys get unit length.
+    ``activation``: that of the MLP where the configuration does not tell it.
     ``beside``: a pattern of further names below the layer whose weights the row answers for.
     """
 
@@ -42,15 +44,22 @@ class Family:
     whole_norm: bool = False
     per_head: bool = False
     settings: tuple[tuple[str, object], ...] = ()
+    inner: str | None = None
+    cosine: bool = False
+    activation: str = ""
     beside: str = ""
 
     def layers(self, names: Iterable[str]) -> list[str]:
-        """``encoder.layer.0.``, ``encoder.layer.1.``, … with their prefixes, in order."""
-        layer = re.escape(self.layer).replace(r"\{\}", r"(\d+)")
+        """``encoder.layer.0.``, ``encoder.layer.1.``, … with their prefixes, in order.
+
+        The number behind what has none (an attention pool) is 0.
+        """
+        layer = re.escape(self.layer)
+        layer = layer.replace(r"\{\}", r"(\d+)") if "{}" in self.layer else f"{layer}()"
         query = re.escape(f"{self.q}{self.join}weight")
         pattern = re.compile(rf"((?:.*\.)?){layer}\.{query}")
         found = sorted(
-            (match[1], int(match[2])) for name in names if (match := pattern.fullmatch(name))
+            (match[1], int(match[2] or 0)) for name in names if (match := pattern.fullmatch(name))
         )
         return [f"{prefix}{self.layer.format(number)}." for prefix, number in found]
 

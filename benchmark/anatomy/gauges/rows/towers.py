@@ -27,7 +27,7 @@ from benchmark.anatomy.whole import Anatomy
 
 #: What reads nothing of a stream and writes nothing into it.
 _BESIDE = re.compile(
-    r".*(relative_attention_bias\.weight|logit_scale|logit_bias|\.inv_freq|final_logits_bias)"
+    r".*(relative_attention_bias\.weight|relative_position_bias_table|logit_scale|logit_bias|\.inv_freq|final_logits_bias)"
 )
 
 
