@@ -11,7 +11,8 @@ from benchmark.anatomy.blocks import Linear, MLPBlock, Slot
 
 
 class Loose(NamedTuple):
-    """Names of the layers below a module of one of ``classes``, and of its activation."""
+    """Names of the layers below a module of one of ``classes``; its activation, or the field of the
+    configuration that has it."""
 
     classes: tuple[str, ...]
     up: str
@@ -38,6 +39,13 @@ LOOSE: tuple[Loose, ...] = (
         down="output.dense",
         activation="hidden_act",
     ),
+    # Of what stands between two places of a window.
+    Loose(
+        ("Swinv2SelfAttention",),
+        up="continuous_position_bias_mlp.0",
+        down="continuous_position_bias_mlp.2",
+        activation="relu",
+    ),
 )
 
 
@@ -55,5 +63,5 @@ def loose(model: nn.Module) -> Iterator[MLPBlock]:
                 return Linear(Slot(weight), Slot(bias) if bias in state else None)
 
             config = getattr(module, "config", getattr(model, "config", None))
-            activation = getattr(config, row.activation, "gelu")
+            activation = getattr(config, row.activation, row.activation)
             yield MLPBlock(up=linear(row.up), down=linear(row.down), activation=activation)
