@@ -33,6 +33,7 @@ from benchmark.anatomy.alignment import (
     tied_gauge,
     vo_gauge,
 )
+from benchmark.anatomy.assignment import nearest
 from benchmark.anatomy.gauge import rotary_matrix
 from benchmark.core.errors import UsageError
 from benchmark.core.state import State, digest, norm, task_vector
@@ -230,6 +231,31 @@ def test_key_bias_is_a_gauge_of_its_own() -> None:
 def test_unknown_architecture_is_refused() -> None:
     with pytest.raises(UsageError, match=r"^unknown architecture Sequential: no row is near; add"):
         Anatomy.of(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_another_convolutional_network_is_told_which_have_rows() -> None:
+    from transformers import EfficientNetConfig, EfficientNetModel
+
+    config = EfficientNetConfig(
+        image_size=32, width_coefficient=0.25, depth_coefficient=0.2, hidden_dim=64
+    )
+    with pytest.raises(UsageError, match="ConvNeXt and ResNet have rows") as caught:
+        Anatomy.of(EfficientNetModel(config))
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e38])
+def test_units_of_any_size_are_assigned(size: float) -> None:
+    """Squares of 1e38 are no float32; all units of nothing are alike."""
+    rng = generator(0)
+    reference = torch.randn(20, 6, generator=rng)
+    order = torch.randperm(20, generator=rng)
+    found = nearest(size * reference[order], reference)
+    assert sorted(found.tolist()) == list(range(20))
+    if size == 1e38:
+        assert torch.equal(order[found], torch.arange(20))
+    found = nearest(torch.full((20, 6), float("nan")), reference)
+    assert sorted(found.tolist()) == list(range(20))
 
 
 def test_a_refusal_is_short_and_names_the_nearest_row() -> None:

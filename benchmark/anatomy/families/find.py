@@ -42,12 +42,7 @@ def find(model: nn.Module) -> Found:
     candidates = [(family, layer) for family in FAMILIES for layer in family.layers(state)]
     convolutional = towers(model)
     if not candidates and not convolutional:
-        found = _nearest(FAMILIES, state)
-        like = f"the nearest row, {found.name!r}, wants {found.layer}.{found.q}" if found else ""
-        raise UsageError(
-            f"unknown architecture {type(model).__name__}: {like or 'no row is near'}; "
-            f"add one to {__package__}"
-        )
+        raise UsageError(f"unknown architecture {type(model).__name__}: {_like(model, state)}")
     # The first row with all of its weights speaks for an attention layer (qwen3 before llama), of
     # those that answer for its class if any does.
     fits: dict[str, list[tuple[Family, str]]] = {}
@@ -95,6 +90,19 @@ def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     for name, value in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(value), []).append(name)
     return tuple(tuple(found) for found in names.values() if len(found) > 1)
+
+
+def _like(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What comes nearest to a model that no row fits."""
+    attends = any("ttention" in type(module).__name__ for module in model.modules())
+    if not attends and any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return (
+            "of convolutional networks ConvNeXt and ResNet have rows; add one to "
+            "benchmark.anatomy.convolutional"
+        )
+    found = _nearest(FAMILIES, state)
+    like = f"the nearest row, {found.name!r}, wants {found.layer}.{found.q}" if found else ""
+    return f"{like or 'no row is near'}; add one to {__package__}"
 
 
 def _nearest(families: Iterable[Family], names: Iterable[str]) -> Family | None:
