@@ -159,6 +159,8 @@ def test_every_tensor_has_its_row(name: str) -> None:
         ("vit-gpt2", {"stream-rotation", "norm-shift"}, set()),
         # Sinusoids that are in no file are added to its embeddings.
         ("m2m100", {"constant", "norm-gain"}, {"stream-permutation", "stream-scale"}),
+        # What reads its last norm has a norm and an output of its own; this is an embedding.
+        ("bert2bert", {"stream-permutation", "constant", "stream-scale"}, {"stream-rotation"}),
         # Its keys have no bias, and need none; an activation stands before the encoder's stream.
         ("whisper", {"norm-shift", "null-direction", "stream-permutation"}, {"stream-rotation"}),
         # Positions are made of the stream itself, many channels at once.
@@ -211,6 +213,37 @@ def test_a_file_holds_one_of_the_names_of_a_tied_tensor(name: str) -> None:
         alone = group.subset([kind])
         after = answers(alone.apply(state, alone.draw(generator(6))))
         assert float((after - before).abs().max() / before.abs().max()) <= TOLERANCE, kind
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "DistilBert"])
+def test_heads_of_several_layers(name: str, tied: bool) -> None:
+    """What tells masked tokens: a layer, an activation, a norm, and embeddings or an output."""
+    model, inputs = zoo.encoders.masked(name, tied), {"input_ids": zoo.tiny("bert")[1]["input_ids"]}
+    state = zoo.state_of(model)
+    group = gauges.of(Anatomy.of(model), state)
+    assert group.missing == ()
+    assert {"norm-gain", "stream-permutation", "stream-scale"} <= set(group.kinds)
+    assert ("stream-sign" in group.kinds) is not tied  # an activation stands before its embeddings
+    for kind in group.exact.kinds:
+        alone = group.subset([kind])
+        moved = alone.apply(state, alone.draw(generator(3)))
+        assert zoo.drift(model, state, moved, inputs) <= TOLERANCE, kind
+    short = zoo.untied(model)
+    assert gauges.of(Anatomy.of(model), short).kinds == group.kinds
+
+
+def test_what_else_an_embedding_is_used_for_is_named() -> None:
+    """Under a name that no row has: whether a State holds that name or not."""
+    model = nn.Module()
+    model.transformer, model.speak = zoo.tiny("gpt2")[0].transformer, nn.Linear(zoo.WIDTH, 1)
+    model.speak.weight = model.transformer.wte.weight
+    for state in (zoo.state_of(model), zoo.untied(model)):
+        state.pop("speak.bias")
+        group = gauges.of(Anatomy.of(model), state)
+        assert group.missing == (
+            "gauges outside the blocks of transformer.: no row knows 'speak.weight'",
+        )
 
 
 def test_positions_that_are_made_anew_stay() -> None:

@@ -118,6 +118,7 @@ MODELS: dict[str, Tiny] = {
     "m2m100": (functools.partial(bart, "M2M100", activation_function="relu"), _BOTH),
     "vit-gpt2": (functools.partial(pair, "vit", "gpt2"), _SEEN),
     "trocr": (trocr, _SEEN),
+    "bert2bert": (functools.partial(pair, "bert", "bert"), _BOTH),
     "bert2gpt2": (functools.partial(pair, "bert", "gpt2"), _BOTH),
 }
 #: One model per family: the rest differ in their prefixes only.

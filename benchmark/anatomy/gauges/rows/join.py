@@ -54,6 +54,9 @@ def streams(towers: Iterable[Parts]) -> Iterator[tuple[tuple[str, ...], Stream]]
         roots = tuple(tower.root for tower in group)
         mlps = tuple(chain.from_iterable(tower.mlps for tower in group))
         yield roots, Stream("+".join(roots) or "model", (entry, *rest), mlps)
+        for tower in group:
+            if tower.head.beside:
+                yield roots, Stream(tower.head.beside[-1].name, tower.head.beside)
 
 
 def _merged(entries: Sequence[Segment]) -> Segment:
