@@ -156,7 +156,8 @@ def test_every_tensor_has_its_row(name: str) -> None:
         # What the encoder's last norm gives is read by keys and values alone.
         ("bart", {"stream-permutation", "norm-gain"}, {"stream-rotation", "embedding-shift"}),
         ("bart-classifier", {"embedding-shift", "stream-permutation"}, {"stream-rotation"}),
-        ("vit-gpt2", {"stream-rotation", "norm-shift"}, set()),
+        ("vit-gpt2", {"stream-rotation", "norm-shift"}, {"bridge"}),
+        ("vit-gpt2-wide", {"bridge", "norm-shift"}, set()),
         # Sinusoids that are in no file are added to its embeddings.
         ("m2m100", {"constant", "norm-gain"}, {"stream-permutation", "stream-scale"}),
         # What reads its last norm has a norm and an output of its own; this is an embedding.
@@ -266,6 +267,27 @@ def test_a_decoder_without_its_encoder_is_treated_inside_its_blocks() -> None:
         "gauges outside the blocks of transformer.: no tower is what its cross-attention reads",
     )
     assert {"heads", "query-key", "value-output"} <= set(group.kinds) <= {*BLOCKS, "value-shift"}
+
+
+def test_a_bridge_that_widens_is_left_alone() -> None:
+    """Of the dimensions that it gives some are made of others: its basis has no one answer."""
+    model = zoo.crossing.pair("vit", "gpt2", width=32)
+    group = gauges.of(Anatomy.of(model), zoo.state_of(model))
+    assert group.missing == (
+        "gauges between 'enc_to_dec_proj.weight' and what reads it: it widens what it is given",
+    )
+    assert "bridge" not in group.kinds
+    assert {"stream-rotation", "norm-gain"} <= set(group.kinds)
+
+
+def test_a_bridge_of_zeros_takes_nothing_away() -> None:
+    case = subject("vit-gpt2-wide")
+    zeros = {k: torch.zeros_like(v) if "enc_to_dec" in k else v for k, v in case.base.items()}
+    alone = case.group.subset(["bridge"])
+    assert distance(alone.align(zeros, zeros), zeros) == 0
+    found = alone.align(case.base, zeros)
+    assert distance(found, zeros) <= distance(case.base, zeros)
+    assert zoo.drift(case.model, case.base, found, case.inputs) <= TOLERANCE
 
 
 def test_what_sounds_are_projected_from_is_an_output_of_a_bare_model() -> None:

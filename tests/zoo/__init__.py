@@ -42,7 +42,7 @@ RESTRICTED = decoders.RESTRICTED
 GROUPED = decoders.GROUPED
 GATED = (*decoders.GATED, *crossing.GATED)
 #: Those of which an encoder and a decoder have ``LAYERS`` each, and how wide the encoder is.
-CROSSING = dict.fromkeys((*crossing.MODELS, *audio.CROSSING), WIDTH) | crossing.NARROWER
+CROSSING = dict.fromkeys((*crossing.MODELS, *audio.CROSSING), WIDTH) | crossing.WIDTHS
 
 
 def _examples(rng: torch.Generator, size: int) -> dict[str, Tensor]:

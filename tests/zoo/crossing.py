@@ -19,8 +19,8 @@ from zoo.shape import (
     Tiny,
 )
 
-#: The width of an encoder that is not the decoder's.
-NARROW = 48
+#: Widths of encoders that are not the decoder's.
+NARROW, WIDE = 48, 96
 _BART = {
     "d_model": WIDTH,
     "encoder_layers": LAYERS,
@@ -117,13 +117,14 @@ MODELS: dict[str, Tiny] = {
     "pegasus": (functools.partial(bart, "Pegasus"), _BOTH),
     "m2m100": (functools.partial(bart, "M2M100", activation_function="relu"), _BOTH),
     "vit-gpt2": (functools.partial(pair, "vit", "gpt2"), _SEEN),
+    "vit-gpt2-wide": (functools.partial(pair, "vit", "gpt2", width=WIDE), _SEEN),
     "trocr": (trocr, _SEEN),
     "bert2bert": (functools.partial(pair, "bert", "bert"), _BOTH),
     "bert2gpt2": (functools.partial(pair, "bert", "gpt2"), _BOTH),
 }
 #: One model per family: the rest differ in their prefixes only.
 FAMILIES = ("t5", "bart", "vit-gpt2")
-#: How wide what keys and values read is, where it is not as wide as the decoder.
-NARROWER = {"trocr": NARROW}
+#: How wide the encoder is, where that is not as wide as the decoder.
+WIDTHS = {"trocr": NARROW, "vit-gpt2-wide": WIDE}
 #: Those with a gated MLP.
 GATED = ("t5-gated", "mt5")

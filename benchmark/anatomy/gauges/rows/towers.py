@@ -43,7 +43,7 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
     for mlp in anatomy.mlp:
         names.used.update(slot.key for slot in mlp.down.slots())
     inside = dict.fromkeys(key for key in state if key in names.used)
-    towers, unread = attached(list(_towers(names, anatomy)))
+    towers, bridges, unwired = attached(list(_towers(names, anatomy)), names)
     whole = list(streams(towers))
     beside, batch_norms, elsewhere = convolutional(anatomy, state)
     sounding, instance_norms = waves(names, anatomy)
@@ -63,8 +63,8 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         strange = [key for key in left if key.startswith(roots)] or outside
         if strange:
             reason = f"no row knows {strange[0]!r}"
-        elif alone := [root for root in roots if root in unread]:
-            reason = unread[alone[0]]
+        elif alone := [root for root in roots if root in unwired]:
+            reason = unwired[alone[0]]
         else:
             sound.append(stream)
             continue
@@ -75,10 +75,16 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         for key in dict.fromkeys(block.q.weight.key for block in anatomy.attention)
         if key not in wired
     ]
+    uncovered += [
+        f"gauges between {bridge.linear.weight.key!r} and what reads it: it widens what it is given"
+        for bridge in bridges
+        if bridge.widens(state)
+    ]
     return Wiring(
         (*sound, *beside, *sounding),
         batch_norms,
         tuple(instance_norms),
+        tuple(bridge for bridge in bridges if not bridge.widens(state)),
         tuple(names.qk_gains),
         tuple(uncovered),
     )
