@@ -234,6 +234,36 @@ def test_heads_of_several_layers(name: str, tied: bool) -> None:
     assert gauges.of(Anatomy.of(model), short).kinds == group.kinds
 
 
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("T5", "ForSequenceClassification"),
+        ("T5", "ForTokenClassification"),
+        ("T5", "ForQuestionAnswering"),
+        ("Bart", "ForQuestionAnswering"),
+        ("Whisper", "ForAudioClassification"),
+        ("Wav2Vec2", "ForSequenceClassification"),
+        ("Wav2Vec2", "ForAudioFrameClassification"),
+    ],
+)
+def test_heads_of_tasks(name: str, head: str) -> None:
+    builders = {"T5": zoo.crossing.t5, "Bart": zoo.crossing.bart, "Whisper": zoo.audio.whisper}
+    model = builders.get(name, zoo.audio.waves)(head=head).eval()
+    inputs = {"T5": zoo.TOKENS, "Bart": zoo.TOKENS, "Whisper": ("input_features",)}
+    given = {key: zoo.examples()[key] for key in inputs.get(name, ("input_values",))}
+    state = zoo.perturbed(zoo.state_of(model), 0.3, 1)
+    group = gauges.of(Anatomy.of(model), state).exact
+    assert group.missing == ()
+    assert "norm-gain" in group.kinds
+    before, after = (
+        torch.func.functional_call(model, s, kwargs=given, tie_weights=False)
+        for s in (state, group.apply(state, group.draw(generator(2))))
+    )
+    for key in ("logits", "start_logits", "end_logits"):
+        if key in before:
+            torch.testing.assert_close(after[key], before[key], rtol=1e-4, atol=1e-5)
+
+
 def test_what_else_an_embedding_is_used_for_is_named() -> None:
     """Under a name that no row has: whether a State holds that name or not."""
     model = nn.Module()
