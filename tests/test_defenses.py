@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import some_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from zoo import FAMILIES, GROUPED, NAMES, drift, state_of, tiny
+from zoo import FAMILIES, GROUPED, KIN, NAMES, drift, state_of, tiny
 
 from benchmark.anatomy import Anatomy, AttentionBlock, Linear, MLPBlock, Slot
 from benchmark.api.contracts import Victim
@@ -95,7 +96,7 @@ def test_exact_defenses_keep_the_function(spec: str, name: str) -> None:
     assert drift(copy.deepcopy(model).double(), expert, released, precise(inputs)) <= bound
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_slow([*NAMES], {*KIN}))
 @pytest.mark.parametrize(
     "spec", [name for name in DEFENSES.names() if DEFENSES.get(name).card.exact]
 )

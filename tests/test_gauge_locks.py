@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from conftest import some_slow
 from test_attacks import distance, knowledge, setting
 from test_posthoc_defenses import owner
 from zoo import TOLERANCE, generator
@@ -31,7 +32,7 @@ def name(method: Defense) -> str:
     return type(method).__name__
 
 
-@pytest.mark.parametrize("family", zoo.NAMES)
+@pytest.mark.parametrize("family", some_slow([*zoo.NAMES], {*zoo.KIN}))
 @pytest.mark.parametrize("lock", LOCKS, ids=name)
 def test_the_key_opens_it(lock: FullGauge, family: str) -> None:
     _, expert, _, anatomy = setting(family)
@@ -46,7 +47,7 @@ def test_the_key_opens_it(lock: FullGauge, family: str) -> None:
     assert any(not torch.allclose(wrong[key], value, atol=1e-3) for key, value in expert.items())
 
 
-@pytest.mark.parametrize("family", zoo.NAMES)
+@pytest.mark.parametrize("family", some_slow([*zoo.NAMES], {*zoo.KIN}))
 def test_what_moves_is_where_it_says(family: str) -> None:
     _, expert, _, anatomy = setting(family)
     kinds = set(gauges.of(anatomy, expert).kinds)
@@ -67,7 +68,7 @@ def test_what_moves_is_where_it_says(family: str) -> None:
             renamed.protect(victim(family), generator(3))
 
 
-@pytest.mark.parametrize("family", zoo.NAMES)
+@pytest.mark.parametrize("family", some_slow([*zoo.NAMES], {*zoo.KIN}))
 @pytest.mark.parametrize(
     ("lock", "attack", "undone"),
     [
@@ -87,7 +88,7 @@ def test_alignment_undoes_it(lock: FullGauge, attack: Attack, undone: bool, fami
     assert (distance(found, expert, base, expert) < 1) is undone
 
 
-@pytest.mark.parametrize("family", zoo.NAMES)
+@pytest.mark.parametrize("family", some_slow([*zoo.NAMES], {*zoo.KIN}))
 def test_an_undefended_expert_is_left_alone(family: str) -> None:
     base, expert, _, _ = setting(family)
     found = GaugeAlign().recover(expert, knowledge(family), generator(0))

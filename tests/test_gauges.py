@@ -156,9 +156,12 @@ def test_every_tensor_has_its_row(name: str) -> None:
         # What the encoder's last norm gives is read by keys and values alone.
         ("bart", {"stream-permutation", "norm-gain"}, {"stream-rotation", "embedding-shift"}),
         ("bart-classifier", {"embedding-shift", "stream-permutation"}, {"stream-rotation"}),
-        ("vit-gpt2", {"stream-rotation", "norm-shift"}, set()),
+        ("vit-gpt2", {"stream-rotation", "norm-shift"}, {"bridge"}),
+        ("vit-gpt2-wide", {"bridge", "norm-shift"}, set()),
         # Sinusoids that are in no file are added to its embeddings.
         ("m2m100", {"constant", "norm-gain"}, {"stream-permutation", "stream-scale"}),
+        # What reads its last norm has a norm and an output of its own; this is an embedding.
+        ("bert2bert", {"stream-permutation", "constant", "stream-scale"}, {"stream-rotation"}),
         # Its keys have no bias, and need none; an activation stands before the encoder's stream.
         ("whisper", {"norm-shift", "null-direction", "stream-permutation"}, {"stream-rotation"}),
         # Positions are made of the stream itself, many channels at once.
@@ -213,6 +216,67 @@ def test_a_file_holds_one_of_the_names_of_a_tied_tensor(name: str) -> None:
         assert float((after - before).abs().max() / before.abs().max()) <= TOLERANCE, kind
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "DistilBert"])
+def test_heads_of_several_layers(name: str, tied: bool) -> None:
+    """What tells masked tokens: a layer, an activation, a norm, and embeddings or an output."""
+    model, inputs = zoo.encoders.masked(name, tied), {"input_ids": zoo.tiny("bert")[1]["input_ids"]}
+    state = zoo.state_of(model)
+    group = gauges.of(Anatomy.of(model), state)
+    assert group.missing == ()
+    assert {"norm-gain", "stream-permutation", "stream-scale"} <= set(group.kinds)
+    assert ("stream-sign" in group.kinds) is not tied  # an activation stands before its embeddings
+    for kind in group.exact.kinds:
+        alone = group.subset([kind])
+        moved = alone.apply(state, alone.draw(generator(3)))
+        assert zoo.drift(model, state, moved, inputs) <= TOLERANCE, kind
+    short = zoo.untied(model)
+    assert gauges.of(Anatomy.of(model), short).kinds == group.kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("T5", "ForSequenceClassification"),
+        ("T5", "ForTokenClassification"),
+        ("T5", "ForQuestionAnswering"),
+        ("Bart", "ForQuestionAnswering"),
+        ("Whisper", "ForAudioClassification"),
+        ("Wav2Vec2", "ForSequenceClassification"),
+        ("Wav2Vec2", "ForAudioFrameClassification"),
+    ],
+)
+def test_heads_of_tasks(name: str, head: str) -> None:
+    builders = {"T5": zoo.crossing.t5, "Bart": zoo.crossing.bart, "Whisper": zoo.audio.whisper}
+    model = builders.get(name, zoo.audio.waves)(head=head).eval()
+    inputs = {"T5": zoo.TOKENS, "Bart": zoo.TOKENS, "Whisper": ("input_features",)}
+    given = {key: zoo.examples()[key] for key in inputs.get(name, ("input_values",))}
+    state = zoo.perturbed(zoo.state_of(model), 0.3, 1)
+    group = gauges.of(Anatomy.of(model), state).exact
+    assert group.missing == ()
+    assert "norm-gain" in group.kinds
+    before, after = (
+        torch.func.functional_call(model, s, kwargs=given, tie_weights=False)
+        for s in (state, group.apply(state, group.draw(generator(2))))
+    )
+    for key in ("logits", "start_logits", "end_logits"):
+        if key in before:
+            torch.testing.assert_close(after[key], before[key], rtol=1e-4, atol=1e-5)
+
+
+def test_what_else_an_embedding_is_used_for_is_named() -> None:
+    """Under a name that no row has: whether a State holds that name or not."""
+    model = nn.Module()
+    model.transformer, model.speak = zoo.tiny("gpt2")[0].transformer, nn.Linear(zoo.WIDTH, 1)
+    model.speak.weight = model.transformer.wte.weight
+    for state in (zoo.state_of(model), zoo.untied(model)):
+        state.pop("speak.bias")
+        group = gauges.of(Anatomy.of(model), state)
+        assert group.missing == (
+            "gauges outside the blocks of transformer.: no row knows 'speak.weight'",
+        )
+
+
 def test_positions_that_are_made_anew_stay() -> None:
     """Marian's are in its State, but in no file of it."""
     model = zoo.crossing.bart("Marian").eval()
@@ -233,6 +297,27 @@ def test_a_decoder_without_its_encoder_is_treated_inside_its_blocks() -> None:
         "gauges outside the blocks of transformer.: no tower is what its cross-attention reads",
     )
     assert {"heads", "query-key", "value-output"} <= set(group.kinds) <= {*BLOCKS, "value-shift"}
+
+
+def test_a_bridge_that_widens_is_left_alone() -> None:
+    """Of the dimensions that it gives some are made of others: its basis has no one answer."""
+    model = zoo.crossing.pair("vit", "gpt2", width=32)
+    group = gauges.of(Anatomy.of(model), zoo.state_of(model))
+    assert group.missing == (
+        "gauges between 'enc_to_dec_proj.weight' and what reads it: it widens what it is given",
+    )
+    assert "bridge" not in group.kinds
+    assert {"stream-rotation", "norm-gain"} <= set(group.kinds)
+
+
+def test_a_bridge_of_zeros_takes_nothing_away() -> None:
+    case = subject("vit-gpt2-wide")
+    zeros = {k: torch.zeros_like(v) if "enc_to_dec" in k else v for k, v in case.base.items()}
+    alone = case.group.subset(["bridge"])
+    assert distance(alone.align(zeros, zeros), zeros) == 0
+    found = alone.align(case.base, zeros)
+    assert distance(found, zeros) <= distance(case.base, zeros)
+    assert zoo.drift(case.model, case.base, found, case.inputs) <= TOLERANCE
 
 
 def test_what_sounds_are_projected_from_is_an_output_of_a_bare_model() -> None:

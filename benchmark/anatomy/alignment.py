@@ -193,8 +193,8 @@ def tied_gauge(
     """
     eye = torch.eye(first.shape[1], dtype=first.dtype, device=first.device)
     identity = eye.expand(len(first), -1, -1)
-    on_second = _fit(second, second0)
-    starts = torch.stack([identity, _fit(first, first0), _inverse_transpose(on_second)])
+    on_second = fit(second, second0)
+    starts = torch.stack([identity, fit(first, first0), _inverse_transpose(on_second)])
     values = torch.stack([_objective(m, first, first0, second, second0) for m in starts])
     best = values.argmin(0)
     heads = torch.arange(len(first), device=first.device)
@@ -340,7 +340,7 @@ def _product_cosine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor])
     return inner / squares.sqrt().clamp_min(torch.finfo(squares.dtype).tiny)
 
 
-def _fit(x: Tensor, x0: Tensor) -> Tensor:
+def fit(x: Tensor, x0: Tensor) -> Tensor:
     """argmin_T ‖T·X − X0‖ = X0Xᵀ(XXᵀ)^-1 per head, with a ridge far below the data's scale."""
     gram = x @ x.mT
     scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(x.dtype).tiny)

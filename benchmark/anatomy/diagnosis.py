@@ -50,6 +50,7 @@ _NOUNS = {
     "stream-permutation": "a residual permutation",
     "stream-sign": "residual signs",
     "batch-norm": "batch-norm statistics",
+    "bridge": "a basis between encoder and decoder",
     "instance-norm": "scales of filters",
     "layer-scale": "layer scales",
     "norm-shift": "norm shifts",

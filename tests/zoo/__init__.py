@@ -21,9 +21,20 @@ from torch import Tensor, nn
 
 from benchmark.core.state import State
 from zoo import audio, convolutional, crossing, decoders, encoders, vision
-from zoo.shape import BATCH, CONV_SIZE, HEADS, HIDDEN, IMAGE, LAYERS, LENGTH, VOCABULARY, WIDTH
+from zoo.shape import (
+    BATCH,
+    CONV_SIZE,
+    HEADS,
+    HIDDEN,
+    IMAGE,
+    LAYERS,
+    LENGTH,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+)
 
-__all__ = ["BATCH", "HEADS", "HIDDEN", "LAYERS", "LENGTH", "VOCABULARY", "WIDTH"]
+__all__ = ["BATCH", "HEADS", "HIDDEN", "LAYERS", "LENGTH", "TOKENS", "VOCABULARY", "WIDTH"]
 
 #: METHODS section 1: max |Δlogit| relative to the largest logit, float32.
 TOLERANCE = 1e-4
@@ -37,13 +48,21 @@ FAMILIES: tuple[str, ...] = (
     *encoders.FAMILIES, *vision.FAMILIES, *decoders.FAMILIES, *crossing.FAMILIES,
     *audio.FAMILIES,
 )  # fmt: skip
+#: Those that are like another but for a head, a norm or a class of their own: left out of the
+#: default run of long tests.
+KIN: frozenset[str] = frozenset((*crossing.KIN, *audio.KIN))
 #: The Q/K gauge group of those where it is not the general one.
 RESTRICTED = {**decoders.RESTRICTED, **vision.RESTRICTED}
 #: Those with fewer KV heads than heads; those with a gated MLP.
 GROUPED = decoders.GROUPED
 GATED = (*decoders.GATED, *crossing.GATED, *vision.GATED)
 #: Those of which an encoder and a decoder have ``LAYERS`` each, and how wide the encoder is.
-CROSSING = dict.fromkeys((*crossing.MODELS, *audio.CROSSING), WIDTH) | crossing.NARROWER
+CROSSING = dict.fromkeys((*crossing.MODELS, *audio.CROSSING), WIDTH) | crossing.WIDTHS
+
+
+def examples() -> dict[str, Tensor]:
+    """Inputs of every kind."""
+    return _examples(generator(0), IMAGE["image_size"])
 
 
 def _examples(rng: torch.Generator, size: int) -> dict[str, Tensor]:

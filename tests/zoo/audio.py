@@ -14,9 +14,13 @@ BANDS, FRAMES = 8, 12
 _FILTERS = 24
 
 
-def whisper() -> nn.Module:
+def whisper(head: str = "ForConditionalGeneration") -> nn.Module:
     return crossing.bart(
-        "Whisper", num_mel_bins=BANDS, max_source_positions=FRAMES // 2, max_target_positions=16
+        "Whisper",
+        head,
+        num_mel_bins=BANDS,
+        max_source_positions=FRAMES // 2,
+        max_target_positions=16,
     )
 
 
@@ -51,6 +55,7 @@ MODELS: dict[str, Tiny] = {
     ),
 }
 #: One model per family: the rest differ in their prefixes only.
-FAMILIES = ("whisper", "wav2vec2")
+FAMILIES = ("wav2vec2",)
+KIN = ("wav2vec2-stable", "hubert")
 #: Those with a decoder of as many layers as the encoder has.
 CROSSING = ("whisper",)

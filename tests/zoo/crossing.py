@@ -19,8 +19,8 @@ from zoo.shape import (
     Tiny,
 )
 
-#: The width of an encoder that is not the decoder's.
-NARROW = 48
+#: Widths of encoders that are not the decoder's.
+NARROW, WIDE = 48, 96
 _BART = {
     "d_model": WIDTH,
     "encoder_layers": LAYERS,
@@ -35,12 +35,13 @@ _BART = {
 }
 
 
-def _t5(feed_forward: str = "relu", name: str = "T5") -> nn.Module:
+def t5(
+    feed_forward: str = "relu", name: str = "T5", head: str = "ForConditionalGeneration"
+) -> nn.Module:
+    """T5, or one of its kin."""
     import transformers
 
-    config, model = (
-        getattr(transformers, f"{name}{part}") for part in ("Config", "ForConditionalGeneration")
-    )
+    config, model = (getattr(transformers, f"{name}{part}") for part in ("Config", head))
     fields = {
         "vocab_size": VOCABULARY,
         "d_model": WIDTH,
@@ -49,6 +50,7 @@ def _t5(feed_forward: str = "relu", name: str = "T5") -> nn.Module:
         "num_layers": LAYERS,
         "num_heads": HEADS,
         "feed_forward_proj": feed_forward,
+        "decoder_start_token_id": 0,
     }
     return model(config(**fields))  # type: ignore[no-any-return]
 
@@ -108,21 +110,26 @@ _BOTH = (*TOKENS, "decoder_input_ids")
 _SEEN = ("pixel_values", "decoder_input_ids")
 
 MODELS: dict[str, Tiny] = {
-    "t5": (_t5, _BOTH),
-    "t5-gated": (functools.partial(_t5, "gated-gelu"), _BOTH),
-    "mt5": (functools.partial(_t5, "gated-gelu", "MT5"), _BOTH),
+    "t5": (t5, _BOTH),
+    "t5-gated": (functools.partial(t5, "gated-gelu"), _BOTH),
+    "mt5": (functools.partial(t5, "gated-gelu", "MT5"), _BOTH),
     "bart": (bart, _BOTH),
     "bart-classifier": (functools.partial(bart, head="ForSequenceClassification"), TOKENS),
     "mbart": (functools.partial(bart, "MBart"), _BOTH),
     "pegasus": (functools.partial(bart, "Pegasus"), _BOTH),
     "m2m100": (functools.partial(bart, "M2M100", activation_function="relu"), _BOTH),
     "vit-gpt2": (functools.partial(pair, "vit", "gpt2"), _SEEN),
+    "vit-gpt2-wide": (functools.partial(pair, "vit", "gpt2", width=WIDE), _SEEN),
     "trocr": (trocr, _SEEN),
+    "bert2bert": (functools.partial(pair, "bert", "bert"), _BOTH),
     "bert2gpt2": (functools.partial(pair, "bert", "gpt2"), _BOTH),
 }
 #: One model per family: the rest differ in their prefixes only.
-FAMILIES = ("t5", "bart", "vit-gpt2")
-#: How wide what keys and values read is, where it is not as wide as the decoder.
-NARROWER = {"trocr": NARROW}
+FAMILIES = ("t5", "bart")
+KIN = (
+    "t5-gated", "mt5", "bart-classifier", "mbart", "pegasus", "vit-gpt2", "bert2gpt2",
+)  # fmt: skip
+#: How wide the encoder is, where that is not as wide as the decoder.
+WIDTHS = {"trocr": NARROW, "vit-gpt2-wide": WIDE}
 #: Those with a gated MLP.
 GATED = ("t5-gated", "mt5")

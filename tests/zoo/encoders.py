@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from zoo.shape import (
@@ -33,6 +34,22 @@ def _roberta() -> nn.Module:
 
     config = RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **SHAPE)
     return RobertaForSequenceClassification(config)
+
+
+def masked(name: str, tied: bool) -> nn.Module:
+    """BERT, RoBERTa or DistilBERT with the head that tells masked tokens."""
+    import transformers
+
+    config, model = (getattr(transformers, f"{name}{part}") for part in ("Config", "ForMaskedLM"))
+    sizes: dict[str, object] = {**SHAPE}
+    if name == "DistilBert":
+        sizes = {"dim": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "hidden_dim": HIDDEN}
+    text = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "pad_token_id": 3}
+    built = model(config(**text, **sizes, tie_word_embeddings=tied)).eval().requires_grad_(False)
+    rng = torch.Generator().manual_seed(0)
+    for value in built.parameters():
+        value += 0.1 * torch.randn(value.shape, generator=rng)
+    return built  # type: ignore[no-any-return]
 
 
 def _distilbert() -> nn.Module:

@@ -12,6 +12,7 @@ from benchmark.anatomy.blocks import Axis, Channels, Slot
 from benchmark.anatomy.gauges.base import Abelian, Element, Gauge, beside
 from benchmark.anatomy.gauges.batchnorm import Statistics
 from benchmark.anatomy.gauges.blocks import HeadOrder, QueryKey, QueryOrder, UnitOrder, ValueOutput
+from benchmark.anatomy.gauges.bridge import BridgeBasis
 from benchmark.anatomy.gauges.instance import FilterScale
 from benchmark.anatomy.gauges.norms import NormShift, NullDirection
 from benchmark.anatomy.gauges.rows.towers import wiring
@@ -52,6 +53,7 @@ KINDS: tuple[type[Gauge], ...] = (
     UnitScale,
     QueryKeyLength,
     SegmentScale,
+    BridgeBasis,  # before the heads whose keys and values read it
     HeadOrder,
     QueryOrder,
     QueryKey,
@@ -221,7 +223,7 @@ class Group:
         goal = _Precise(anchor)
         for _ in range(_SWEEPS):
             for each in self.gauges:
-                if isinstance(each, (StreamRotation, Abelian, QueryKey, ValueOutput)):
+                if isinstance(each, (StreamRotation, Abelian, BridgeBasis, QueryKey, ValueOutput)):
                     each.move(own, each.closest(own, goal))
         return own.stored()
 
@@ -288,6 +290,9 @@ def of(model: nn.Module | Anatomy, state: Mapping[str, Tensor]) -> Group:
         found += [QueryKeySign(where, block, both, sizes)]
         found += [QueryKeyGain(where, block, both), QueryKeyLength(where, block)]
     found += [Statistics(norm.name, norm, len(norm.mean.read(state))) for norm in wired.batch_norms]
+    for bridge in wired.bridges:
+        weight = bridge.linear.weight
+        found += [BridgeBasis(weight.key.removesuffix(".weight"), bridge, len(weight.read(state)))]
     found += [FilterScale(n.name, n, len(n.gain.read(state))) for n in wired.instance_norms]
     order = {kind: i for i, kind in enumerate(KINDS)}
     return Group(tuple(sorted(found, key=lambda g: order[type(g)])), wired.uncovered)

@@ -181,8 +181,22 @@ class InstanceNorm:
 
 
 @dataclass(frozen=True)
+class Bridge:
+    """A linear map, and the linear maps that are all that read it."""
+
+    linear: Linear
+    readers: tuple[Linear, ...]
+
+    def widens(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether it gives more dimensions than it is given, so that what reads it has columns
+        that nothing reaches."""
+        outputs, inputs = self.linear.weight.read(state).shape
+        return outputs > inputs + (self.linear.bias is not None)
+
+
+@dataclass(frozen=True)
 class Wiring:
-    """All streams, batch and instance norms of a model, and the gains of QK-norms.
+    """All streams, norms between convolutions and bridges of a model, and gains of QK-norms.
 
     ``uncovered``: which part of it has no gauges, and why.
     """
@@ -190,6 +204,7 @@ class Wiring:
     streams: tuple[Stream, ...] = ()
     batch_norms: tuple[BatchNorm, ...] = ()
     instance_norms: tuple[InstanceNorm, ...] = ()
+    bridges: tuple[Bridge, ...] = ()
     qk_gains: tuple[tuple[AttentionBlock, tuple[Slot, Slot]], ...] = ()
     uncovered: tuple[str, ...] = ()
 

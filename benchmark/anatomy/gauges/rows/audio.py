@@ -23,10 +23,12 @@ _WAVES: Any = {
     "heads": tuple(
         (f"{name}.", head, rest)
         for name in ("wav2vec2", "hubert", "unispeech", "unispeech_sat")
-        for head, rest in (("lm_head", ""), ("projector", r"classifier\.(weight|bias)"))
+        for head, rest in (
+            ("lm_head", ""), ("projector", r"classifier\.(weight|bias)"), ("classifier", ""),
+        )
     ),
     "beside": r"(feature_projection\..*|masked_spec_embed|encoder\.pos_conv_embed\..*)",
-}
+}  # fmt: skip
 
 AUDIO: tuple[Row, ...] = (
     Row(

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmark.anatomy.gauges.rows.row import Row
 
+_CLASSIFIER = ("classification_head.dense", r"classification_head\.out_proj\.(weight|bias)")
 _T5: Any = {
     "embeddings": ("embed_tokens.weight",),
     "needs": ("embed_tokens.weight",),
@@ -28,11 +29,7 @@ _BART: Any = {
         ("model.decoder.", "output_projection", ""),
         ("model.decoder.", "proj_out", ""),
         ("model.decoder.", "qa_outputs", ""),
-        (
-            "model.decoder.",
-            "classification_head.dense",
-            r"classification_head\.out_proj\.(weight|bias)",
-        ),
+        ("model.decoder.", *_CLASSIFIER),
     ),
 }
 
@@ -41,13 +38,18 @@ CROSSING: tuple[Row, ...] = (
         families=("t5-encoder", "t5-gated-encoder"),
         **_T5,
         norms=("layer.0.layer_norm", "layer.1.layer_norm"),
+        heads=(("transformer.encoder.", "classifier", ""),),
     ),
     Row(
         families=("t5-decoder", "t5-gated-decoder"),
         **_T5,
         norms=("layer.0.layer_norm", "layer.2.layer_norm"),
         cross=("t5-cross", "layer.1.layer_norm"),
-        heads=(("decoder.", "lm_head", ""),),
+        heads=(
+            ("transformer.decoder.", *_CLASSIFIER),
+            ("decoder.", "lm_head", ""),
+            ("decoder.", "qa_outputs", ""),
+        ),
     ),
     # MBart, Pegasus, M2M100 and Whisper's decoder have norms before their blocks, and one at the
     # end; the others behind. Marian, which has no norm of the embeddings, makes up its positions

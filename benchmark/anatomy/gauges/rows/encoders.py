@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmark.anatomy.gauges.rows.row import Row
+from benchmark.anatomy.gauges.rows.row import Row, Transform
 
 _TOKENS = "embeddings.word_embeddings.weight"
 _PLACES = "embeddings.position_embeddings.weight"
@@ -23,6 +23,19 @@ ENCODERS: tuple[Row, ...] = (
             ("bert.", "bert.pooler.dense", r"classifier\.(weight|bias)"),
             ("roberta.", "classifier.dense", r"classifier\.out_proj\.(weight|bias)"),
         ),
+        transforms=(
+            Transform(
+                "bert.",
+                "cls.predictions.transform.dense",
+                "cls.predictions.transform.LayerNorm",
+                "cls.predictions.decoder",
+                r"cls\.predictions\.bias",
+            ),
+            Transform(
+                "roberta.", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder",
+                r"lm_head\.bias",
+            ),
+        ),
         beside=r"pooler\.dense\.(weight|bias)",
     ),
     Row(
@@ -35,5 +48,8 @@ ENCODERS: tuple[Row, ...] = (
         post=True,
         together=(((_TOKENS,), (_PLACES,)),),
         heads=(("distilbert.", "pre_classifier", r"classifier\.(weight|bias)"),),
+        transforms=(
+            Transform("distilbert.", "vocab_transform", "vocab_layer_norm", "vocab_projector"),
+        ),
     ),
-)
+)  # fmt: skip

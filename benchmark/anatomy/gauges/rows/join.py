@@ -5,36 +5,58 @@ Where both share their embedding, their streams are one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import NamedTuple
 
+from benchmark.anatomy.gauges.rows.names import Names
 from benchmark.anatomy.gauges.rows.parts import Parts
-from benchmark.anatomy.gauges.wiring import Part, Segment, Stream
+from benchmark.anatomy.gauges.wiring import Bridge, Part, Segment, Stream
+
+#: What makes an encoder as wide as the decoder that reads it.
+_BRIDGE = re.compile(r"((?:.*\.)?)enc_to_dec_proj\.weight")
 
 
-def attached(towers: Sequence[Parts]) -> tuple[list[Parts], dict[str, str]]:
-    """The towers, the encoder's end closed by what reads it; which cannot be wired, and why."""
+class Attached(NamedTuple):
+    """The towers, the encoder's end closed by what reads it, and what stands between.
+
+    ``unwired``: which towers cannot be wired, and why.
+    """
+
+    towers: list[Parts]
+    bridges: tuple[Bridge, ...] = ()
+    unwired: Mapping[str, str] = {}
+
+
+def attached(towers: Sequence[Parts], names: Names) -> Attached:
+    """Towers of which at most one is an encoder."""
     readers = [tower for tower in towers if tower.crossing]
     encoders = [tower for tower in towers if not tower.crossing]
     if not readers:
-        return list(towers), {}
-    if len(encoders) != 1 or not encoders[0].encodes:
-        # They may read a tower anywhere, before its last norm too: none can be wired.
+        return Attached(list(towers))
+    reason = ""
+    if not encoders:
+        reason = "no tower is what its cross-attention reads"
+    elif len(encoders) > 1:
         reason = f"its cross-attention may read any of {len(encoders)} towers"
-        if not encoders:
-            reason = "no tower is what its cross-attention reads"
-        elif len(encoders) == 1:
-            reason = "what its cross-attention reads of the encoder is not known"
-        return list(towers), {tower.root: reason for tower in towers}
+    elif not encoders[0].encodes:
+        reason = "what its cross-attention reads of the encoder is not known"
+    if reason:
+        # They may read a tower anywhere, before its last norm too: none can be wired.
+        return Attached(list(towers), unwired={tower.root: reason for tower in towers})
     (encoder,) = encoders
-    end = replace(
-        encoder.end,
-        readers=tuple(chain.from_iterable(tower.crossing for tower in readers)),
-        free=tuple(chain.from_iterable(tower.free for tower in readers)),
-        open=False,
-    )
-    return [replace(encoder, end=end), *readers], {}
+    crossing = tuple(chain.from_iterable(tower.crossing for tower in readers))
+    free = tuple(chain.from_iterable(tower.free for tower in readers))
+    bridges = list[Bridge]()
+    for found in filter(None, map(_BRIDGE.fullmatch, names.state)):
+        linear = names.linear(f"{found[1]}enc_to_dec_proj")
+        if linear is not None:
+            bridges.append(Bridge(linear, crossing))
+            crossing, free = (linear,), ()
+    end = replace(encoder.end, readers=crossing, free=free, open=False)
+    return Attached([replace(encoder, end=end), *readers], tuple(bridges))
 
 
 def streams(towers: Iterable[Parts]) -> Iterator[tuple[tuple[str, ...], Stream]]:
@@ -54,6 +76,9 @@ def streams(towers: Iterable[Parts]) -> Iterator[tuple[tuple[str, ...], Stream]]
         roots = tuple(tower.root for tower in group)
         mlps = tuple(chain.from_iterable(tower.mlps for tower in group))
         yield roots, Stream("+".join(roots) or "model", (entry, *rest), mlps)
+        for tower in group:
+            if tower.head.beside:
+                yield roots, Stream(tower.head.beside[-1].name, tower.head.beside)
 
 
 def _merged(entries: Sequence[Segment]) -> Segment:

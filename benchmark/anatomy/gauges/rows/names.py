@@ -18,6 +18,9 @@ from benchmark.anatomy.gauges.wiring import (
 )
 from benchmark.anatomy.whole import Anatomy
 
+#: What only lends its tensor to others.
+_LENDS = re.compile(r"(.*\.)?shared\.weight")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -38,6 +41,7 @@ class Names:
     def __init__(self, state: Mapping[str, Tensor], tied: Sequence[tuple[str, ...]] = ()) -> None:
         self.state, self.used = state, set[str]()
         self._same = {key: names for names in tied for key in names}
+        self._told = set[str]()
         self.qk_gains: list[tuple[AttentionBlock, tuple[Slot, Slot]]] = []
 
     def slot(self, key: str) -> Slot:
@@ -53,9 +57,20 @@ class Names:
         """All names of a tensor in the model, whether the State has them or not."""
         return self._same.get(key, (key,))
 
+    def known(self, key: str) -> bool:
+        """Whether the model has such a tensor."""
+        return any(name in self.state for name in self.same(key))
+
     def axes(self, key: str) -> tuple[Axis, ...]:
         """An embedding under all the names that the State has of it."""
+        if self.known(key):
+            self._told.add(key)
         return tuple(self.axis(name) for name in self.same(key) if name in self.state)
+
+    def untold(self) -> list[str]:
+        """Further names of embeddings, under which something uses them that no row speaks of."""
+        names = dict.fromkeys(name for key in sorted(self._told) for name in self.same(key))
+        return [key for key in names if key not in self._told and not _LENDS.fullmatch(key)]
 
     def norm(self, name: str, row: Row) -> Norm:
         gain, bias = (self.slot(f"{name}.{part}") for part in ("weight", "bias"))
@@ -146,29 +161,6 @@ def gain_of(key: str, row: Row) -> Slot:
 
 def wholes(*linears: Linear | None) -> tuple[Linear, ...]:
     return tuple(dict.fromkeys(whole(linear) for linear in linears if linear is not None))
-
-
-def head_of(
-    names: Names, row: Row, root: str, embeddings: tuple[Axis, ...], width: int
-) -> tuple[tuple[Linear, ...], tuple[Axis, ...]]:
-    """What reads the last norm, or which embeddings do."""
-    for owner, head, rest in row.heads:
-        if not root.endswith(owner):
-            continue
-        at = root.removesuffix(owner)
-        tied = names.axes(f"{at}{head}.weight")
-        if not rest and set(tied) & set(embeddings):
-            names.linear(at + head)
-            return (), tied
-        following = [k for k in names.state if rest and re.fullmatch(re.escape(at) + rest, k)]
-        linear = names.linear(at + head)
-        if linear is None or linear.weight.read(names.state).shape[1] != width:
-            continue
-        if rest and not following:
-            continue
-        names.used.update(following)
-        return (linear,), ()
-    return (), ()
 
 
 def together_of(

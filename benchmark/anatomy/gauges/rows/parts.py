@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmark.anatomy.blocks import Linear, MLPBlock
+from benchmark.anatomy.gauges.rows.heads import Head
 from benchmark.anatomy.gauges.rows.names import Side
 from benchmark.anatomy.gauges.wiring import Norm, Segment
 
@@ -19,7 +20,7 @@ class Parts:
         entry: where the embeddings come in.
         first: the norm between these and the first layer, if there is one.
         norms: of each layer, one before each side (``post``: behind), or none.
-        last: the last norm; ``end``: the segment that it gives.
+        last: the last norm; ``end``: the segment that it gives, which ``head`` reads.
         encodes: whether a decoder that reads the tower reads what that norm gives.
     """
 
@@ -31,6 +32,7 @@ class Parts:
     sides: tuple[Side, ...]
     last: Norm
     end: Segment
+    head: Head
     mlps: tuple[MLPBlock, ...]
     post: bool
     encodes: bool
@@ -51,7 +53,7 @@ class Parts:
 
     def segments(self) -> list[Segment]:
         """Those of the stream, the one with the embeddings first."""
-        return list(_post(self) if self.post else _pre(self))
+        return [*(_post(self) if self.post else _pre(self)), *self.head.within]
 
 
 def _pre(parts: Parts) -> Iterator[Segment]:

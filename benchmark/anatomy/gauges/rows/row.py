@@ -6,6 +6,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Transform:
+    """A head of several layers, named below what holds the tower ``owner``: what reads the last
+    norm, the norm behind its activation, the output that reads this, and a pattern of the rest."""
+
+    owner: str
+    dense: str
+    norm: str
+    output: str
+    rest: str = ""
+
+
+@dataclass(frozen=True)
 class Row:
     """One wiring.
 
@@ -25,6 +37,7 @@ class Row:
         inside: what stands between ``root`` and the layer.
         heads: ``(root, head, rest)``: the head of a model whose tower is at ``root``; ``rest``, if
             given, is a pattern of what follows the head, which must be there.
+        transforms: heads of several layers.
         beside: a pattern of tensors below ``root`` that hang on the model's output, or only on the
             input.
         marks: tensors below ``root``, all of which must be there: they tell rows apart.
@@ -50,6 +63,7 @@ class Row:
     together: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
     inside: str = ""
     heads: tuple[tuple[str, str, str], ...] = ()
+    transforms: tuple[Transform, ...] = ()
     beside: str = ""
     marks: tuple[str, ...] = ()
     encodes: bool = False

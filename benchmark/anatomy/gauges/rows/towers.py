@@ -11,11 +11,11 @@ from benchmark.anatomy.families import FAMILIES
 from benchmark.anatomy.gauges.convolutional import convolutional
 from benchmark.anatomy.gauges.rows import ROWS
 from benchmark.anatomy.gauges.rows.audio import waves
+from benchmark.anatomy.gauges.rows.heads import head_of
 from benchmark.anatomy.gauges.rows.join import attached, streams
 from benchmark.anatomy.gauges.rows.names import (
     Layer,
     Names,
-    head_of,
     roots_of,
     sides_of,
     together_of,
@@ -42,8 +42,8 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         names.used.update(axis.slot.key for axis in units.axes)
     for mlp in anatomy.mlp:
         names.used.update(slot.key for slot in mlp.down.slots())
-    inside = set(names.used)
-    towers, unread = attached(list(_towers(names, anatomy)))
+    inside = dict.fromkeys(key for key in state if key in names.used)
+    towers, bridges, unwired = attached(list(_towers(names, anatomy)), names)
     whole = list(streams(towers))
     beside, batch_norms, elsewhere = convolutional(anatomy, state)
     sounding, instance_norms = waves(names, anatomy)
@@ -54,17 +54,17 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         and key not in names.used
         and not _BESIDE.fullmatch(key)
         and not key.startswith(elsewhere)
-    ]
+    ] + names.untold()
     # What lies in no tower may read any of them: a block without a row of its own, too.
     places = (*(tower.root for tower in towers), *elsewhere)
-    outside = [k for k in state if (k in inside or k in left) and not k.startswith(places)]
+    outside = [k for k in (*inside, *left) if not k.startswith(places)]
     sound, uncovered = [], []
     for roots, stream in whole:
         strange = [key for key in left if key.startswith(roots)] or outside
         if strange:
             reason = f"no row knows {strange[0]!r}"
-        elif alone := [root for root in roots if root in unread]:
-            reason = unread[alone[0]]
+        elif alone := [root for root in roots if root in unwired]:
+            reason = unwired[alone[0]]
         else:
             sound.append(stream)
             continue
@@ -75,10 +75,16 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         for key in dict.fromkeys(block.q.weight.key for block in anatomy.attention)
         if key not in wired
     ]
+    uncovered += [
+        f"gauges between {bridge.linear.weight.key!r} and what reads it: it widens what it is given"
+        for bridge in bridges
+        if bridge.widens(state)
+    ]
     return Wiring(
         (*sound, *beside, *sounding),
         batch_norms,
         tuple(instance_norms),
+        tuple(bridge for bridge in bridges if not bridge.widens(state)),
         tuple(names.qk_gains),
         tuple(uncovered),
     )
@@ -127,7 +133,7 @@ def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Parts:
     norms = [_norms(names, row, layer) for layer in layers]
     width = layers[0].attention.q.weight.read(state).shape[1]
     sides = [side for layer in layers for side in sides_of(names, row, layer)]
-    head, tied = head_of(names, row, root, tuple(named), width)
+    head = head_of(names, row, root, named, width)
     if row.beside:
         names.used.update(key for key in state if re.fullmatch(re.escape(root) + row.beside, key))
     aliases = (names.axes(root + key) for key in row.embeddings)
@@ -141,8 +147,8 @@ def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Parts:
             embeddings=tuple(named),
             norms=tuple(first),
             together=tuple(together_of(row, root, names)),
-            tied=tied,
-            after_tied=(final,) if tied else (),
+            tied=head.tied,
+            after_tied=(head.after or final,) if head.tied else (),
             aliases=tuple(group for group in aliases if len(group) > 1),
             activated=tuple(
                 Axis(names.slot(root + key), 0) for key in row.activated if root + key in state
@@ -157,8 +163,14 @@ def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Parts:
         sides=tuple(sides),
         last=final,
         end=Segment(
-            "", width, readers=head, head=bool(head), open=not head and not tied, tied=tied
+            "",
+            width,
+            readers=head.readers,
+            head=head.plain,
+            open=not head.readers and not head.tied,
+            tied=() if head.readers else head.tied,
         ),
+        head=head,
         mlps=tuple(layer.mlp for layer in layers if layer.mlp is not None),
         post=row.post,
         encodes=row.encodes,
