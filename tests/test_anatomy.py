@@ -71,7 +71,8 @@ def test_finds_every_block(name: str) -> None:
     towers = 2 if crossing or name in zoo.vision.TWO else 1
     cross = zoo.LAYERS if crossing else 0  # the decoder's second attention
     pool = name in zoo.vision.POOLED
-    assert len(anatomy.mlp) == towers * zoo.LAYERS + pool
+    layers = 1 if name in zoo.encoders.SHARED else zoo.LAYERS
+    assert len(anatomy.mlp) == towers * layers + pool
     assert len(anatomy.attention) == len(anatomy.mlp) + cross
     assert anatomy.qk_gauge == zoo.RESTRICTED.get(name, "general")
     state = model.state_dict()

@@ -137,6 +137,7 @@ class AttentionBlock:
     ``rotated``: so many rows of each head, the first ones, are rotated (None: all); the others are
     free among themselves. ``interleaved``: rotary pairs are (i, i + 1), not (i, i + rotated/2).
     ``whole_norm``: the QK-norm is over all heads together, with a gain for every row.
+    ``met``: more than queries meets the keys (DeBERTa's positions), so that their bias counts.
     ``cosine``: queries and keys are brought to unit length, with no gain (SwinV2).
     ``fixed_heads``: something outside the block is per head (T5's relative positions, shared by all
     layers; the slopes of ALiBi), so that heads cannot trade places.
@@ -156,6 +157,7 @@ class AttentionBlock:
     interleaved: bool = False
     whole_norm: bool = False
     cosine: bool = False
+    met: bool = False
 
     @property
     def normed(self) -> bool:
@@ -194,12 +196,12 @@ class AttentionBlock:
     def free_key_bias(self) -> bool:
         """Whether the key bias is a gauge of its own: it adds one number to all logits of a query,
         which softmax ignores. Not so when keys are rotated or normalised after it."""
-        return not self.turning and not self.normed
+        return not self.turning and not self.normed and not self.met
 
     @property
     def free_rows(self) -> Tensor:
         """The rows of a head whose key bias is free: all, none, or those that are not rotated."""
-        return (torch.arange(self.head_dim) >= self.turning) & (not self.normed)
+        return (torch.arange(self.head_dim) >= self.turning) & (not self.normed and not self.met)
 
     def linears(self) -> dict[str, Linear]:
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}

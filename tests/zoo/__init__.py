@@ -52,10 +52,10 @@ FAMILIES: tuple[str, ...] = (
 #: default run of long tests.
 KIN: frozenset[str] = frozenset((*crossing.KIN, *audio.KIN))
 #: The Q/K gauge group of those where it is not the general one.
-RESTRICTED = {**decoders.RESTRICTED, **vision.RESTRICTED}
+RESTRICTED = {**decoders.RESTRICTED, **encoders.RESTRICTED, **vision.RESTRICTED}
 #: Those with fewer KV heads than heads; those with a gated MLP.
 GROUPED = decoders.GROUPED
-GATED = (*decoders.GATED, *crossing.GATED, *vision.GATED)
+GATED = (*decoders.GATED, *crossing.GATED, *vision.GATED, *encoders.GATED)
 #: Those of which an encoder and a decoder have ``LAYERS`` each, and how wide the encoder is.
 CROSSING = dict.fromkeys((*crossing.MODELS, *audio.CROSSING), WIDTH) | crossing.WIDTHS
 

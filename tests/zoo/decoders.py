@@ -89,6 +89,14 @@ MODELS: dict[str, Tiny] = {
         TOKENS,
     ),
     "smollm3": (functools.partial(decoder, "SmolLM3", no_rope_layers=[1, 0]), TOKENS),
+    "cohere2": (
+        functools.partial(
+            decoder, "Cohere2", sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        TOKENS,
+    ),
+    "olmo3": (functools.partial(decoder, "Olmo3", sliding_window=4), TOKENS),
     "cohere": (functools.partial(decoder, "Cohere"), TOKENS),
     "phi": (functools.partial(plain, "Phi", **_PARTIAL), TOKENS),
     "opt": (
@@ -135,6 +143,7 @@ RESTRICTED = {
     "llama": "rotary", "mistral": "rotary", "qwen2": "rotary", "gemma2": "rotary",
     "qwen3": "sign", "gemma3": "sign",
     "gemma": "rotary", "starcoder2": "rotary", "granite": "rotary", "olmo2": "sign",
+    "olmo3": "sign", "cohere2": "rotary",
     "stablelm": "rotary", "stablelm-parallel": "rotary", "smollm3": "rotary", "cohere": "rotary",
     "phi": "rotary", "gptj": "rotary", "gpt-neox": "rotary", "phi3": "rotary",
     "falcon": "rotary", "falcon-new": "rotary",

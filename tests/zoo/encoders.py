@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from zoo.shape import (
     HIDDEN,
     LAYERS,
     SHAPE,
+    TOKENS,
     VOCABULARY,
     WIDTH,
     Tiny,
@@ -67,11 +70,33 @@ def _distilbert() -> nn.Module:
     )
 
 
+def _encoder(name: str, head: str = "ForSequenceClassification", **fields: object) -> nn.Module:
+    import transformers
+
+    shape = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "pad_token_id": 3, **SHAPE}
+    config = getattr(transformers, f"{name}Config")(**{**shape, **fields})
+    return getattr(transformers, f"{name}{head}")(config)  # type: ignore[no-any-return]
+
+
+_DISENTANGLED = {
+    "relative_attention": True, "position_buckets": 4, "norm_rel_ebd": "layer_norm",
+    "share_att_key": True, "pos_att_type": "p2c|c2p", "position_biased_input": False,
+}  # fmt: skip
+_CLS = {"bos_token_id": 0, "eos_token_id": 1, "cls_token_id": 0, "sep_token_id": 1}
 MODELS: dict[str, Tiny] = {
     "bert": (_bert, ("input_ids", "attention_mask")),
     "bert-classifier": (_bert_classifier, ("input_ids", "attention_mask")),
     "roberta": (_roberta, ("input_ids", "attention_mask")),
     "distilbert": (_distilbert, ("input_ids", "attention_mask")),
+    "mpnet": (functools.partial(_encoder, "MPNet"), TOKENS),
+    "deberta-v3": (functools.partial(_encoder, "DebertaV2", **_DISENTANGLED), TOKENS),
+    "albert": (functools.partial(_encoder, "Albert", embedding_size=16), TOKENS),
+    "modernbert": (functools.partial(_encoder, "ModernBert", **_CLS), TOKENS),
 }  # fmt: skip
 #: One model per family: the rest differ in their prefixes only.
-FAMILIES = ("bert", "distilbert")
+FAMILIES = ("bert", "distilbert", "deberta-v3", "albert", "modernbert")
+#: Those whose layers are one; the Q/K gauge group of those where it is not the general one; those
+#: with a gated MLP.
+SHARED = ("albert",)
+RESTRICTED = {"modernbert": "rotary"}
+GATED = ("modernbert",)

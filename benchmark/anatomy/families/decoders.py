@@ -61,7 +61,7 @@ DECODERS: tuple[Family, ...] = (
         **_LLAMA,
         qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
         whole_norm=True,
-        classes=("Olmo2Attention",),
+        classes=("Olmo2Attention", "Olmo3Attention"),
     ),
     Family(
         name="llama",
@@ -78,6 +78,13 @@ DECODERS: tuple[Family, ...] = (
     Family(name="gemma", **_LLAMA, classes=("GemmaAttention",)),
     Family(name="stablelm", **_LLAMA, classes=("StableLmAttention",)),
     Family(name="cohere", **_LLAMA, interleaved=True, classes=("CohereAttention",)),
+    Family(
+        name="cohere2",
+        **_LLAMA,
+        interleaved=True,
+        turns="sliding_window",
+        classes=("Cohere2Attention",),
+    ),
     Family(
         name="starcoder2",
         **_PROJECTIONS,

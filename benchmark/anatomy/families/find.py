@@ -151,7 +151,7 @@ def _read(
     size = _head_dim(attention, rows)
     if rows % kv_rows or kv_rows % size:
         raise UsageError(f"{layer}: {rows} query and {kv_rows} key rows are not whole heads")
-    rotary = family.rotary and bool(getattr(attention, "use_rope", True))
+    rotary = family.rotary and getattr(attention, family.turns, True) not in (None, False, 0)
     block = AttentionBlock(
         q=q,
         k=k,
@@ -166,6 +166,7 @@ def _read(
         fixed_heads=family.fixed_heads,
         whole_norm=family.whole_norm,
         cosine=family.cosine,
+        met=family.met,
         qk_norm=None
         if family.qk_norm is None
         else (

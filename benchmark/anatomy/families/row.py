@@ -21,6 +21,8 @@ class Family:
     ``gate`` is the activated branch of a gated MLP. ``qk_norm``: the gains of Q's and K's norm, per
     head or (``whole_norm``) over all of them. ``settings``: what the configuration must say.
     ``inner``: a norm over the hidden units. ``cosine``: queries and keys get unit length.
+    ``met``: more than queries meets the keys. ``turns``: the attribute of a rotary attention that
+    says whether this layer's rotates, where not all do.
     ``activation``: that of the MLP where the configuration does not tell it.
     ``beside``: a pattern of further names below the layer whose weights the row answers for.
     """
@@ -46,6 +48,8 @@ class Family:
     settings: tuple[tuple[str, object], ...] = ()
     inner: str | None = None
     cosine: bool = False
+    met: bool = False
+    turns: str = "use_rope"
     activation: str = ""
     beside: str = ""
 

@@ -59,7 +59,7 @@ DECODERS: tuple[Row, ...] = (
         norms=("input_layernorm", "post_attention_layernorm"),
     ),
     Row(
-        families=("stablelm", "cohere", "phi"),
+        families=("stablelm", "cohere", "cohere2", "phi"),
         **_LLAMA,
         norms=("input_layernorm", "input_layernorm"),
     ),

@@ -32,7 +32,10 @@ ENCODERS: tuple[Row, ...] = (
                 r"cls\.predictions\.bias",
             ),
             Transform(
-                "roberta.", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder",
+                "roberta.",
+                "lm_head.dense",
+                "lm_head.layer_norm",
+                "lm_head.decoder",
                 r"lm_head\.bias",
             ),
         ),
@@ -52,4 +55,25 @@ ENCODERS: tuple[Row, ...] = (
             Transform("distilbert.", "vocab_transform", "vocab_layer_norm", "vocab_projector"),
         ),
     ),
-)  # fmt: skip
+    Row(
+        families=("mpnet",),
+        norms=("attention.LayerNorm", "output.LayerNorm"),
+        embeddings=(_TOKENS, _PLACES),
+        needs=(_TOKENS,),
+        first=("embeddings.LayerNorm",),
+        post=True,
+        together=(((_TOKENS,), (_PLACES,)),),
+        heads=(("mpnet.", "classifier.dense", r"classifier\.out_proj\.(weight|bias)"),),
+        beside=r"pooler\.dense\.(weight|bias)",
+    ),
+    Row(
+        families=("modernbert",),
+        norms=("attn_norm", "mlp_norm"),
+        bare=True,
+        embeddings=("embeddings.tok_embeddings.weight",),
+        needs=("embeddings.tok_embeddings.weight",),
+        first=("embeddings.norm",),
+        last=("final_norm",),
+        heads=(("model.", "head.dense", r"head\.norm\.weight|classifier\.(weight|bias)"),),
+    ),
+)

@@ -19,7 +19,8 @@ class Parts:
         root: what its names start with; ``width``: of its stream.
         entry: where the embeddings come in.
         first: the norm between these and the first layer, if there is one.
-        norms: of each layer, one before each side (``post``: behind), or none.
+        norms: of each layer, one before each side (``post``: behind), or none; None for a side that
+            reads the stream itself.
         last: the last norm; ``end``: the segment that it gives, which ``head`` reads.
         encodes: whether a decoder that reads the tower reads what that norm gives.
     """
@@ -28,7 +29,7 @@ class Parts:
     width: int
     entry: Segment
     first: Norm | None
-    norms: tuple[tuple[Norm, ...], ...]
+    norms: tuple[tuple[Norm | None, ...], ...]
     sides: tuple[Side, ...]
     last: Norm
     end: Segment
@@ -62,16 +63,17 @@ def _pre(parts: Parts) -> Iterator[Segment]:
     if parts.first is not None:
         yield parts.entry
         mains.insert(0, parts.first)
-    norms = [norm for pair in parts.norms for norm in pair]
+    norms = [norm for pair in parts.norms for norm in pair] or [None] * len(parts.sides)
     readers: dict[Norm, list[Linear]] = {}
-    for norm, side in zip(norms, parts.sides, strict=bool(norms)):
-        readers.setdefault(norm, []).extend(side.readers)
+    bare: list[Linear] = []
+    for norm, side in zip(norms, parts.sides, strict=True):
+        (bare if norm is None else readers.setdefault(norm, [])).extend(side.readers)
     yield replace(
         main if parts.first is not None else parts.entry,
         name=main.name,
         sources=tuple(mains),
         writers=tuple(side.writer for side in parts.sides if side.behind is None),
-        readers=() if norms else tuple(r for side in parts.sides for r in side.readers),
+        readers=tuple(bare),
         norms=(*readers, parts.last),
     )
     for side in parts.sides:
@@ -87,7 +89,7 @@ def _pre(parts: Parts) -> Iterator[Segment]:
 
 def _post(parts: Parts) -> Iterator[Segment]:
     """Norms behind the sums: a segment between each two."""
-    norms = [norm for pair in parts.norms for norm in pair]
+    norms = [norm for pair in parts.norms for norm in pair if norm is not None]
     source, entry = parts.first, parts.entry
     if source is not None:
         yield entry

@@ -44,6 +44,7 @@ class Row:
         encodes: the model's output is what the last norm gives, and a decoder that reads it reads
             that.
         cross: the family of the attention with which a layer reads an encoder, and its norm.
+        bare: the attention of the first layer reads the stream itself.
         places: positions that are added to the embeddings. Where the State has none of those that
             are ``embeddings``, what the code makes up instead is added.
         activated: embeddings that an activation stands behind.
@@ -68,5 +69,6 @@ class Row:
     marks: tuple[str, ...] = ()
     encodes: bool = False
     cross: tuple[str, str] | None = None
+    bare: bool = False
     places: tuple[str, ...] = ()
     activated: tuple[str, ...] = ()

@@ -108,7 +108,9 @@ def _fits(row: Row, root: str, layers: Sequence[Layer], names: Names) -> bool:
     """Whether every layer has the row's norms, and the tower its marks."""
     wanted = [*(row.norms or ()), *(row.behind or ())]
     return all(
-        f"{layer.name}{norm}.weight" in names.state for layer in layers for norm in wanted
+        f"{layer.name}{norm}.weight" in names.state
+        for number, layer in enumerate(layers)
+        for norm in (wanted[1:] if row.bare and not number else wanted)
     ) and all(root + mark in names.state for mark in row.marks)
 
 
@@ -138,6 +140,7 @@ def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Parts:
         names.used.update(key for key in state if re.fullmatch(re.escape(root) + row.beside, key))
     aliases = (names.axes(root + key) for key in row.embeddings)
     final = last[0] if last else norms[-1][-1]
+    assert final is not None
     return Parts(
         root,
         width,
@@ -177,9 +180,14 @@ def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Parts:
     )
 
 
-def _norms(names: Names, row: Row, layer: Layer) -> tuple[Norm, ...]:
+def _norms(names: Names, row: Row, layer: Layer) -> tuple[Norm | None, ...]:
     """The norms of a layer, one for each side."""
-    found = [names.norm(layer.name + norm, row) for norm in row.norms or ()]
+    found: list[Norm | None] = [
+        None
+        if row.bare and f"{layer.name}{norm}.weight" not in names.state
+        else names.norm(layer.name + norm, row)
+        for norm in row.norms or ()
+    ]
     if layer.cross is not None and row.cross is not None:
         found.insert(1, names.norm(layer.name + row.cross[1], row))
     return tuple(found)
