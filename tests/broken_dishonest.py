@@ -269,7 +269,7 @@ class SpoilsWhatItReturned(Sound):
 @dataclass(frozen=True)
 class PatchesTheEvaluator(Sound):
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        accuracy.Evaluator.outcomes = lambda *_: True  # type: ignore[method-assign,assignment]
+        accuracy.Evaluator.correct = lambda *_: True  # type: ignore[method-assign,assignment]
         return super().protect(victim, rng)
 
 

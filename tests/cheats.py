@@ -106,7 +106,9 @@ class Patches(Defense):
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
         from benchmark.evaluation import accuracy, scoring, statistics
 
-        accuracy.Evaluator.outcomes = lambda self, logits, *a: torch.zeros(len(logits)).numpy() > 0
+        accuracy.Evaluator.correct = lambda self, state, task, split, rows: (
+            torch.zeros(len(rows)).numpy() > 0
+        )
         scoring.Gains.protection = property(lambda self: 1.0)
         statistics.ratio_protection = lambda *a, **k: statistics.Estimate(1.0, 1.0, 1.0)
         return dict(victim.expert)

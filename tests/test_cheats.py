@@ -18,7 +18,7 @@ from benchmark.reporting.board import Row
 from benchmark.reporting.ranking import rank
 
 CHEATS = Path(__file__).with_name("cheats.py")
-JUDGE = accuracy.relative_gap, accuracy.Evaluator.outcomes
+JUDGE = accuracy.relative_gap, accuracy.Evaluator.correct
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def judged(folder: Path, *specs: str, **changes: object) -> tuple[dict[str, Row]
 def test_what_spoils_or_patches_reaches_nobody(tmp_path: Path) -> None:
     """In-place noise on the base, a patched evaluator: in a process of its own, for nothing."""
     rows, cells = judged(tmp_path, f"{CHEATS}:Spoils", f"{CHEATS}:Patches")
-    assert (accuracy.relative_gap, accuracy.Evaluator.outcomes) == JUDGE
+    assert (accuracy.relative_gap, accuracy.Evaluator.correct) == JUDGE
     for name in ("Spoils", "Patches"):
         assert rows[name].standing == "ranked"
         assert rows[name].robust["weights"].protection == 0

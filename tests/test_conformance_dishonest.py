@@ -137,9 +137,9 @@ def test_whatever_a_method_patched_a_check_leaves_as_it_was() -> None:
     """Later checks call the method again: what the one that finds it put back is patched anew."""
     from broken_dishonest import PatchesTheEvaluator
 
-    before = Evaluator.outcomes
+    before = Evaluator.correct
     assert not check_defense(PatchesTheEvaluator()).passed
-    assert Evaluator.outcomes is before
+    assert Evaluator.correct is before
 
 
 @pytest.mark.parametrize("first", [torch.optim.AdamW, torch.optim.Adam])

@@ -139,6 +139,8 @@ def replace(module: nn.Module, hidden: Mapping[MLPBlock, Hidden]) -> Iterator[No
     """
     with ExitStack() as stack:
         for block, function in hidden.items():
+            if block.norm:
+                raise MethodError(f"{block.down.weight.key}: a norm stands before it")
             for handle in _replace(module, block, function):
                 stack.callback(handle.remove)
         yield
