@@ -217,7 +217,7 @@ def test_a_file_holds_one_of_the_names_of_a_tied_tensor(name: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("name", ["Bert", "Roberta", "DistilBert"])
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "DistilBert", "Electra"])
 def test_heads_of_several_layers(name: str, tied: bool) -> None:
     """What tells masked tokens: a layer, an activation, a norm, and embeddings or an output."""
     model, inputs = zoo.encoders.masked(name, tied), {"input_ids": zoo.tiny("bert")[1]["input_ids"]}
@@ -275,6 +275,23 @@ def test_what_else_an_embedding_is_used_for_is_named() -> None:
         assert group.missing == (
             "gauges outside the blocks of transformer.: no row knows 'speak.weight'",
         )
+
+
+def test_an_output_of_its_own_frees_the_embeddings() -> None:
+    """mT5 is published with one, and BART may have one: ``shared`` then lends nothing."""
+    mt5 = zoo.crossing.t5("gated-gelu", "MT5")
+    mt5.lm_head.weight = nn.Parameter(torch.randn(zoo.VOCABULARY, zoo.WIDTH))
+    bart = zoo.crossing.bart("MBart", tie_word_embeddings=False)
+    for model, has in ((mt5, "stream-rotation"), (bart, "embedding-shift")):
+        model.eval().requires_grad_(False)
+        state, inputs = zoo.perturbed(zoo.state_of(model), 1.0, 1), zoo.tiny("bart")[1]
+        for names in Anatomy.of(model).tied:
+            state |= dict.fromkeys(names, state[names[0]])
+        group = gauges.of(Anatomy.of(model), state).exact
+        assert group.missing == ()
+        assert has in group.kinds
+        moved = group.apply(state, group.draw(generator(2)))
+        assert zoo.drift(model, state, moved, inputs) <= 2 * TOLERANCE
 
 
 def test_positions_that_are_made_anew_stay() -> None:
