@@ -179,3 +179,23 @@ def test_what_is_read_before_the_last_norm_is_not_guessed() -> None:
     assert len(group.missing) == 2
     assert all(said.endswith("reads of the encoder is not known") for said in group.missing)
     assert not {"constant", "stream-scale"} & set(group.kinds)
+
+
+def test_donut_is_treated_inside_its_blocks() -> None:
+    """Its eyes are a Swin of older names, whose stages have no wiring; no block is left out."""
+    import transformers
+
+    sizes = {"embed_dim": 32, "depths": [1, 1], "num_heads": [4, 8], "window_size": 2}
+    eyes = transformers.DonutSwinConfig(image_size=8, patch_size=1, **sizes)
+    model = transformers.VisionEncoderDecoderModel(
+        encoder=transformers.DonutSwinModel(eyes),
+        decoder=zoo.crossing.bart("MBart", "ForCausalLM", is_decoder=True),
+    ).eval()
+    anatomy, state = Anatomy.of(model), zoo.state_of(model)
+    assert anatomy.uncovered == ()
+    assert [block.fixed_heads for block in anatomy.attention].count(True) == 2
+    group = gauges.of(anatomy, state)
+    assert group.missing
+    given = {key: zoo.examples()[key] for key in ("pixel_values", "decoder_input_ids")}
+    moved = group.apply(state, group.draw(generator(4)))
+    assert zoo.drift(model, state, moved, given) <= TOLERANCE
