@@ -283,4 +283,6 @@ def test_open_clip_with_a_tower_of_timm_is_locked_whole(tmp_path: Path, cli: Cli
     assert done["logit_gap"] < 1e-4
     expert, locked = (folders.load(tmp_path / name).state for name in ("expert", "locked"))
     moved = [key for key, value in locked.items() if not torch.equal(value, expert[key])]
-    assert sum(key.startswith("visual.trunk.blocks.") for key in moved) >= 2 * 6, "fused queries, keys and values, and outputs"
+    assert sum(key.startswith("visual.trunk.blocks.") for key in moved) >= 2 * 6, (
+        "fused queries, keys and values, and outputs"
+    )

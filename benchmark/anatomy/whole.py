@@ -23,6 +23,7 @@ class Anatomy:
         family: the table rows it was read from.
         uncovered: keys of attention, MLP and convolution weights that no row answers for.
         partial: whether a method may go on without these.
+        rows: of each attention, the name of the row it was read from.
         tied: names that are one tensor in the model, of which a State may lack all but one.
     """
 
@@ -33,6 +34,7 @@ class Anatomy:
     uncovered: tuple[str, ...] = ()
     partial: bool = False
     tied: tuple[tuple[str, ...], ...] = ()
+    rows: tuple[str, ...] = ()
 
     @property
     def units(self) -> tuple[MLPBlock | Channels, ...]:

@@ -115,6 +115,9 @@ MODELS: dict[str, Tiny] = {
     "mt5": (functools.partial(t5, "gated-gelu", "MT5"), _BOTH),
     "bart": (bart, _BOTH),
     "bart-classifier": (functools.partial(bart, head="ForSequenceClassification"), TOKENS),
+    "plbart": (
+        functools.partial(bart, "PLBart", tie_word_embeddings=False, scale_embedding=True), _BOTH,
+    ),
     "mbart": (functools.partial(bart, "MBart"), _BOTH),
     "pegasus": (functools.partial(bart, "Pegasus"), _BOTH),
     "m2m100": (functools.partial(bart, "M2M100", activation_function="relu"), _BOTH),
@@ -123,11 +126,11 @@ MODELS: dict[str, Tiny] = {
     "trocr": (trocr, _SEEN),
     "bert2bert": (functools.partial(pair, "bert", "bert"), _BOTH),
     "bert2gpt2": (functools.partial(pair, "bert", "gpt2"), _BOTH),
-}
+}  # fmt: skip
 #: One model per family: the rest differ in their prefixes only.
 FAMILIES = ("t5", "bart")
 KIN = (
-    "t5-gated", "mt5", "bart-classifier", "mbart", "pegasus", "vit-gpt2", "bert2gpt2",
+    "t5-gated", "mt5", "bart-classifier", "plbart", "mbart", "pegasus", "vit-gpt2", "bert2gpt2",
 )  # fmt: skip
 #: How wide the encoder is, where that is not as wide as the decoder.
 WIDTHS = {"trocr": NARROW, "vit-gpt2-wide": WIDE}

@@ -40,11 +40,13 @@ def _roberta() -> nn.Module:
 
 
 def masked(name: str, tied: bool) -> nn.Module:
-    """BERT, RoBERTa or DistilBERT with the head that tells masked tokens."""
+    """BERT, RoBERTa, DistilBERT or ELECTRA with the head that tells masked tokens."""
     import transformers
 
     config, model = (getattr(transformers, f"{name}{part}") for part in ("Config", "ForMaskedLM"))
     sizes: dict[str, object] = {**SHAPE}
+    if name == "Electra":
+        sizes["embedding_size"] = WIDTH
     if name == "DistilBert":
         sizes = {"dim": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "hidden_dim": HIDDEN}
     text = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "pad_token_id": 3}

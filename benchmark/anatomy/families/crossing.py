@@ -60,7 +60,16 @@ CROSSING: tuple[Family, ...] = (
         classes=_T5S,
         fixed_heads=True,
     ),
-    Family(name="bart", **_projections("self_attn"), up="fc1", down="fc2"),
+    *(
+        Family(
+            name=name,
+            **_projections("self_attn"),
+            up="fc1",
+            down="fc2",
+            settings=(("scale_embedding", scaled),),
+        )
+        for name, scaled in (("bart", False), ("bart-scaled", True))
+    ),
     Family(name="bart-cross", **_projections("encoder_attn")),
     Family(
         name="gpt2-cross",

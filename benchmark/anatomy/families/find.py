@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Found(NamedTuple):
     channels: tuple[Channels, ...]
     uncovered: tuple[str, ...]
     tied: tuple[tuple[str, ...], ...]
+    rows: tuple[str, ...]
 
 
 def find(model: nn.Module) -> Found:
@@ -81,6 +82,7 @@ def find(model: nn.Module) -> Found:
         channels=channels,
         uncovered=uncovered(model, attention, mlps, channels, beside),
         tied=_tied(model),
+        rows=tuple(family.name for family, _ in rows.values()),
     )
 
 
@@ -255,7 +257,8 @@ def _objection(model: nn.Module, family: Family, layer: str) -> str:
             f"If not, add it to {__package__}"
         )
     for name, wanted in family.settings:
-        found = _setting(owner, name, _setting(model, name))
+        said = (_setting(module, name) for module in (owner, *_around(model, layer)))
+        found = next((value for value in said if value is not None), None)
         if found != wanted:
             return (
                 f"{type(model).__name__} is like {family.name!r}, whose gauge group was checked "
@@ -264,9 +267,16 @@ def _objection(model: nn.Module, family: Family, layer: str) -> str:
     return ""
 
 
-def _setting(module: nn.Module, name: str, default: object = None) -> object:
+def _around(model: nn.Module, layer: str) -> Iterator[nn.Module]:
+    """The layer and the modules that hold it, the nearest first."""
+    parts = layer.rstrip(".").split(".")
+    for n in range(len(parts), -1, -1):
+        yield model.get_submodule(".".join(parts[:n]))
+
+
+def _setting(module: nn.Module, name: str) -> object:
     """What the module itself or its configuration says."""
-    return getattr(module, name, getattr(getattr(module, "config", None), name, default))
+    return getattr(module, name, getattr(getattr(module, "config", None), name, None))
 
 
 def _head_dim(attention: nn.Module, rows: int) -> int:
@@ -302,9 +312,8 @@ def _rotated(attention: nn.Module, size: int) -> int | None:
 def _activation(model: nn.Module, attention: nn.Module, layer: str) -> str:
     """The name in the configuration of the nearest module around the layer that has one; open_clip
     and BLOOM have none, but classes."""
-    parts = layer.split(".")
-    around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1))
-    for config in (getattr(module, "config", None) for module in (attention, *around)):
+    holders = (attention, *_around(model, layer))
+    for config in (getattr(module, "config", None) for module in holders):
         for name in (
             "hidden_act", "hidden_activation", "activation", "activation_function", "dense_act_fn",
         ):  # fmt: skip

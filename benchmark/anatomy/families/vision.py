@@ -13,6 +13,18 @@ _VIT: Any = {
 }
 _TIMM: Any = {"layer": "blocks.{}", "o": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2"}
 
+#: SwinV2 and Donut's eyes.
+_SWINV2: Any = {
+    "layer": "blocks.{}",
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "o": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "fixed_heads": True,
+}
+
 VISION: tuple[Family, ...] = (
     Family(
         name="vit",
@@ -29,16 +41,10 @@ VISION: tuple[Family, ...] = (
     ),
     Family(name="beit", **_VIT, layer="layers.{}", fixed_heads=True, classes=("BeitAttention",)),
     Family(name="swin", **_VIT, layer="blocks.{}", fixed_heads=True, classes=("SwinAttention",)),
+    Family(name="donut-swin", **_SWINV2, classes=("DonutSwinSelfAttention",)),
     Family(
         name="swinv2",
-        layer="blocks.{}",
-        q="attention.self.query",
-        k="attention.self.key",
-        v="attention.self.value",
-        o="attention.output.dense",
-        up="intermediate.dense",
-        down="output.dense",
-        fixed_heads=True,
+        **_SWINV2,
         cosine=True,
         classes=("Swinv2SelfAttention",),
         beside=r"attention\.self\.(logit_scale|continuous_position_bias_mlp\..*)",

@@ -62,19 +62,21 @@ class Writer:
 
 @dataclass(frozen=True)
 class Part:
-    """Columns ``start:stop`` of an embedding seen as (d, n)."""
+    """Columns ``start:stop`` of an embedding seen as (d, n), which enter the stream × ``scale``."""
 
     axis: Axis
     start: int = 0
     stop: int | None = None
+    scale: float = 1.0
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
-        return matrix(self.axis, state)[:, self.start : self.stop]
+        found = matrix(self.axis, state)[:, self.start : self.stop]
+        return found if self.scale == 1.0 else self.scale * found
 
     def add(self, state: State, vector: Tensor) -> None:
-        """Add (d,) to each column."""
+        """Add (d,) to each column, as the stream has it."""
         value = matrix(self.axis, state).clone()
-        value[:, self.start : self.stop] += vector[:, None]
+        value[:, self.start : self.stop] += vector[:, None] / self.scale
         write_matrix(self.axis, state, value)
 
 

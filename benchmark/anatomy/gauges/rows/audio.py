@@ -44,7 +44,7 @@ AUDIO: tuple[Row, ...] = (
     ),
     # Whisper's encoder; its decoder is as BART's are.
     Row(
-        families=("bart",),
+        families=("bart", "bart-scaled"),
         norms=("self_attn_layer_norm", "final_layer_norm"),
         embeddings=("embed_positions.weight",),
         needs=("conv2.weight",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from benchmark.anatomy.gauges.rows.row import Row
@@ -15,7 +16,6 @@ _T5: Any = {
     "encodes": True,
 }
 _BART: Any = {
-    "families": ("bart",),
     "norms": ("self_attn_layer_norm", "final_layer_norm"),
     "cross": ("bart-cross", "encoder_attn_layer_norm"),
     "embeddings": ("embed_tokens.weight", "embed_positions.weight"),
@@ -32,6 +32,21 @@ _BART: Any = {
         ("model.decoder.", *_CLASSIFIER),
     ),
 }
+
+
+def _bart(name: str) -> Iterator[Row]:
+    """MBart, Pegasus, M2M100 and Whisper's decoder have norms before their blocks, and one at the
+    end; the others behind. Marian, which has no norm of the embeddings, makes up its positions anew
+    whenever it is loaded."""
+    named: Any = {**_BART, "families": (name,), "scaled": name == "bart-scaled"}
+    yield Row(**named, marks=("layer_norm.weight",), last=("layer_norm",))
+    yield Row(**named, marks=("layernorm_embedding.weight",), post=True)
+    yield Row(
+        **{**named, "embeddings": ("embed_tokens.weight",), "together": ()},
+        beside=r"embed_positions\.weight",
+        post=True,
+    )
+
 
 CROSSING: tuple[Row, ...] = (
     Row(
@@ -51,14 +66,5 @@ CROSSING: tuple[Row, ...] = (
             ("decoder.", "qa_outputs", ""),
         ),
     ),
-    # MBart, Pegasus, M2M100 and Whisper's decoder have norms before their blocks, and one at the
-    # end; the others behind. Marian, which has no norm of the embeddings, makes up its positions
-    # anew whenever it is loaded.
-    Row(**_BART, marks=("layer_norm.weight",), last=("layer_norm",)),
-    Row(**_BART, marks=("layernorm_embedding.weight",), post=True),
-    Row(
-        **{**_BART, "embeddings": ("embed_tokens.weight",), "together": ()},
-        beside=r"embed_positions\.weight",
-        post=True,
-    ),
+    *(row for name in ("bart", "bart-scaled") for row in _bart(name)),
 )

@@ -32,6 +32,12 @@ ENCODERS: tuple[Row, ...] = (
                 r"cls\.predictions\.bias",
             ),
             Transform(
+                "electra.",
+                "generator_predictions.dense",
+                "generator_predictions.LayerNorm",
+                "generator_lm_head",
+            ),
+            Transform(
                 "roberta.",
                 "lm_head.dense",
                 "lm_head.layer_norm",

@@ -18,8 +18,8 @@ from benchmark.anatomy.gauges.wiring import (
 )
 from benchmark.anatomy.whole import Anatomy
 
-#: What only lends its tensor to others.
-_LENDS = re.compile(r"(.*\.)?shared\.weight")
+#: What only lends its tensor to others, and does nothing where it does not.
+LENDS = re.compile(r"(.*\.)?shared\.weight")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Names:
     def untold(self) -> list[str]:
         """Further names of embeddings, under which something uses them that no row speaks of."""
         names = dict.fromkeys(name for key in sorted(self._told) for name in self.same(key))
-        return [key for key in names if key not in self._told and not _LENDS.fullmatch(key)]
+        return [key for key in names if key not in self._told and not LENDS.fullmatch(key)]
 
     def norm(self, name: str, row: Row) -> Norm:
         gain, bias = (self.slot(f"{name}.{part}") for part in ("weight", "bias"))
@@ -98,15 +98,15 @@ def roots_of(
     family: Family, anatomy: Anatomy, state: Mapping[str, Tensor]
 ) -> dict[str, list[Layer]]:
     """The layers of each tower of a family, in order, by what stands before them."""
-    blocks = {block.q.weight.key: block for block in anatomy.attention}
+    read = zip(anatomy.attention, anatomy.rows, strict=False)
+    blocks = {block.q.weight.key: block for block, row in read if row == family.name}
     mlps = {mlp.up.weight.key: mlp for mlp in anatomy.mlp}
     found: dict[str, list[Layer]] = {}
     ends = re.compile(re.escape(family.layer).replace(r"\{\}", r"\d+") + r"\.")
     for name in family.layers(state):
         block = blocks.get(f"{name}{family.q}{family.join}weight")
         end = ends.search(name)
-        whole = all(name + weight in state for weight in family.weights())
-        if block is not None and end is not None and whole:
+        if block is not None and end is not None:
             layer = Layer(name, block, mlps.get(f"{name}{family.up}.weight"))
             found.setdefault(name[: end.start()], []).append(layer)
     return found
@@ -164,19 +164,24 @@ def wholes(*linears: Linear | None) -> tuple[Linear, ...]:
 
 
 def together_of(
-    row: Row, root: str, names: Names
+    row: Row, root: str, names: Names, width: int
 ) -> Iterator[tuple[tuple[Part, ...], tuple[Part, ...]]]:
-    for sides in row.together:
-        parts = []
-        for side in sides:
-            there = list[Part]()
-            for i, name in enumerate(side):
-                key, _, columns = name.partition("[")
-                start, _, stop = columns.rstrip("]").partition(":")
-                axes = names.axes(root + key)
-                there += [Part(axis, int(start or 0), int(stop) if stop else None) for axis in axes]
-                if i == 0 and not axes:
-                    break
-            parts.append(tuple(there))
-        if all(parts):
-            yield parts[0], parts[1]
+    """The pairs of which one of each is always added."""
+    for first, second in row.together:
+        scaled = _parts(names, root, first, width**0.5 if row.scaled else 1.0)
+        plain = _parts(names, root, second, 1.0)
+        if scaled and plain:
+            yield scaled, plain
+
+
+def _parts(names: Names, root: str, side: tuple[str, ...], scale: float) -> tuple[Part, ...]:
+    """Those of one side, if its first is there."""
+    there = list[Part]()
+    for i, name in enumerate(side):
+        key, _, columns = name.partition("[")
+        start, _, stop = columns.rstrip("]").partition(":")
+        axes = names.axes(root + key)
+        if i == 0 and not axes:
+            return ()
+        there += [Part(axis, int(start or 0), int(stop) if stop else None, scale) for axis in axes]
+    return tuple(there)

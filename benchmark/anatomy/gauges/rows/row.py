@@ -34,6 +34,7 @@ class Row:
         first: a norm between the embeddings and the first layer.
         together: pairs of embeddings that are always added, ``name`` or ``name[start:stop]``;
             of each side the first name must be there.
+        scaled: the first of each such pair are multiplied by the root of the stream's width.
         inside: what stands between ``root`` and the layer.
         heads: ``(root, head, rest)``: the head of a model whose tower is at ``root``; ``rest``, if
             given, is a pattern of what follows the head, which must be there.
@@ -62,6 +63,7 @@ class Row:
     scales: tuple[tuple[str, str], ...] = ()
     first: tuple[str, ...] = ()
     together: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    scaled: bool = False
     inside: str = ""
     heads: tuple[tuple[str, str, str], ...] = ()
     transforms: tuple[Transform, ...] = ()

@@ -14,6 +14,7 @@ from benchmark.anatomy.gauges.rows.audio import waves
 from benchmark.anatomy.gauges.rows.heads import head_of
 from benchmark.anatomy.gauges.rows.join import attached, streams
 from benchmark.anatomy.gauges.rows.names import (
+    LENDS,
     Layer,
     Names,
     roots_of,
@@ -53,6 +54,7 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         if value.is_floating_point()
         and key not in names.used
         and not _BESIDE.fullmatch(key)
+        and not LENDS.fullmatch(key)
         and not key.startswith(elsewhere)
     ] + names.untold()
     # What lies in no tower may read any of them: a block without a row of its own, too.
@@ -149,7 +151,7 @@ def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Parts:
             width,
             embeddings=tuple(named),
             norms=tuple(first),
-            together=tuple(together_of(row, root, names)),
+            together=tuple(together_of(row, root, names, width)),
             tied=head.tied,
             after_tied=(head.after or final,) if head.tied else (),
             aliases=tuple(group for group in aliases if len(group) > 1),

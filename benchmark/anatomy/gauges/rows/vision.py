@@ -43,6 +43,7 @@ VISION: tuple[Row, ...] = (
     ),
     Row(
         families=("deit",),
+        encodes=True,
         norms=("layernorm_before", "layernorm_after"),
         embeddings=_VIT[0],
         needs=_VIT[1],
