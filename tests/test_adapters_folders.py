@@ -475,3 +475,38 @@ def test_an_adapter_one_folder_down_is_pointed_to(bert: Path, tmp_path: Path) ->
     adapter(bert, tmp_path / "outer" / "adapter")
     with pytest.raises(CheckpointError, match=r"give the folder inside it .*adapter$"):
         folders.load(tmp_path / "outer")
+
+
+def test_a_base_without_the_adapters_head_is_given_one(
+    bert: Path, tmp_path: Path, cli: Cli
+) -> None:
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+
+    config = BertConfig(**json.loads((bert / "config.json").read_text()))
+    config.num_labels = 4
+    torch.manual_seed(1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "four")
+    model = adapter(tmp_path / "four", tmp_path / "lora", task_type="SEQ_CLS")
+    BertForMaskedLM(config).save_pretrained(tmp_path / "masked")
+    bare: Any = BertModel(config)
+    bare.load_state_dict(folders.load(tmp_path / "four").model.bert.state_dict())  # type: ignore[union-attr, operator]
+    bare.save_pretrained(tmp_path / "bare")
+    attack = ("attack", tmp_path / "lora", "--attack", "none", "--out", tmp_path / "out", "--json")
+    for base in (bert, tmp_path / "masked", tmp_path / "bare"):
+        code, text = cli(*attack, "--base", base)
+        assert code == 1
+        assert "brings a head for SEQ_CLS" in text
+        assert "--base-head expert" in text
+    code, text = cli(*attack, "--base", tmp_path / "masked", "--base-head", "expert")
+    assert code == 1
+    assert "lacks 'bert.pooler.dense.weight'" in text, "the pooler is in neither"
+    code, text = cli(*attack, "--base", tmp_path / "bare", "--base-head", "expert")
+    assert code == 0, text
+    assert json.loads(text)["format"] == "adapter"
+    origin = adapter_folders.head_of(tmp_path / "lora", folders.load(tmp_path / "bare"))
+    state = adapter_folders.load(tmp_path / "out", adapter_folders.lifted(origin)).state
+    _, inputs = zoo.tiny("bert-classifier")
+    with torch.no_grad():
+        expected = model.eval()(**inputs)[0]
+        found = torch.func.functional_call(origin.model, state, kwargs=dict(inputs))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

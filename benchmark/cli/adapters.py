@@ -26,7 +26,8 @@ class Members:
     ``formats``: the folder whose format a member would be written in (an adapter's is the base);
     ``adapters``: None for a model. With an adapter among them, the States of ``origin`` and
     ``checkpoints`` are in float32, whatever is stored; so they are where members have other dtypes
-    than the base, which ``lifted`` then says.
+    than the base, which ``lifted`` then says. ``lent``: the base has a head that is not in its
+    folder, but in an adapter.
     """
 
     stored: Checkpoint
@@ -35,6 +36,7 @@ class Members:
     formats: tuple[Checkpoint, ...]
     adapters: tuple[Adapter | None, ...]
     lifted: str = ""
+    lent: bool = False
 
 
 def read(base: Path, members: Sequence[tuple[Path, str]], base_head: str | None = None) -> Members:
@@ -49,7 +51,7 @@ def read(base: Path, members: Sequence[tuple[Path, str]], base_head: str | None 
     found = [None if is_adapter(path) else folders.load(path) for path, _ in members]
     stored = folders.load(base)
     if base_head is not None:
-        stored = _with_head(stored, found[0], base_head)
+        stored = _with_head(stored, found[0], members[0][0], base_head)
     _check_not_zero(stored)
     loaded = [model for model in found if model is not None]
     for model, (path, role) in zip(found, members, strict=True):
@@ -74,14 +76,19 @@ def read(base: Path, members: Sequence[tuple[Path, str]], base_head: str | None 
             formats.append(alike)
             checkpoints.append(lifted(model) if lift else model)
     said = f"{_named(mixed[0])} beside a base in {_named(stored)}" if mixed else ""
-    return Members(stored, origin, tuple(checkpoints), tuple(formats), tuple(adapters), said)
+    lent = base_head is not None and found[0] is None
+    return Members(stored, origin, tuple(checkpoints), tuple(formats), tuple(adapters), said, lent)
 
 
-def _with_head(base: Checkpoint, expert: Checkpoint | None, base_head: str) -> Checkpoint:
+def _with_head(
+    base: Checkpoint, expert: Checkpoint | None, path: Path, base_head: str
+) -> Checkpoint:
     if base_head != "expert":
         raise UsageError(f"--base-head is 'expert' (the expert's own head), not {base_head!r}")
-    if expert is None or expert.kind != "transformers":
-        raise UsageError("--base-head expert needs an expert that is a whole transformers model")
+    if expert is None:
+        return adapter_folders.head_of(path, base)
+    if expert.kind != "transformers":
+        raise UsageError("--base-head expert needs models of transformers")
     read = folders.load(base.path, like=expert)
     state = {}
     for key, value in expert.state.items():
@@ -185,6 +192,11 @@ def write(
             why = f"an adapter of rank {update.rank} would be larger than the weights it changes"
     elif rank is not None:
         raise UsageError("--rank is that of an adapter; add --adapter to write one")
+    if members.lent:
+        raise UsageError(
+            "the base's folder has no place for the adapter's head, so that only an adapter can be "
+            f"written: {why or 'leave out --no-adapter'}"
+        )
     # A model is written in its own precision, whatever was computed in.
     fitting = {key: value.to(like.state[key].dtype) for key, value in state.items()}
     folders.save(fitting, like, out, force=force, sources=sources)

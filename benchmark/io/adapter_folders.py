@@ -33,6 +33,12 @@ from benchmark.io.inputs import outputs, valid_inputs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+#: Tasks whose head comes with an adapter → what loads a model with such a head.
+_HEADED = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 #: What peft raises on a base or a configuration that it was not made for.
 _PEFT = (
     RuntimeError, ValueError, KeyError, TypeError, ImportError, AttributeError, IndexError,
@@ -115,6 +121,7 @@ def load(path: Path, base: Checkpoint) -> Adapter:
                 raise tensorfiles.refuse_pickle(file)
     _, tensors = tensorfiles.read(path / WEIGHTS)
     finite(tensors, str(path))
+    _check_head(path, config, tensors, base)
     model = copy.deepcopy(base.model).float()
     model.load_state_dict(base.state, strict=False)
     inputs = valid_inputs(base)
@@ -134,6 +141,63 @@ def load(path: Path, base: Checkpoint) -> Adapter:
     if expected is not None:
         _check_same(path, base, state, inputs, expected)
     return Adapter(path, state, config, whole)
+
+
+def head_of(path: Path, base: Checkpoint) -> Checkpoint:
+    """``base`` as a model of the task that the adapter in ``path`` was trained for, with a head of
+    its number of labels, which the adapter brings.
+
+    Raises:
+        UsageError: the adapter names no such task.
+        CheckpointError: ``base`` lacks more than the head.
+    """
+    import transformers
+
+    config = _config(path)
+    auto = getattr(transformers, _HEADED.get(str(config.task_type), ""), None)
+    own: Any = getattr(base.model, "config", None)
+    _, tensors = tensorfiles.read(path / WEIGHTS)
+    heads = _whole(tensors)
+    weights = [value for key, value in heads.items() if key.endswith(".weight")]
+    if auto is None or own is None or not weights or type(own) not in auto._model_mapping:
+        raise UsageError(f"--base-head expert: {path} brings no head of a task that is known here")
+    wanted = copy.deepcopy(own)
+    wanted.num_labels = len(weights[-1])
+    model = auto._model_mapping[type(own)](wanted).eval().requires_grad_(False)
+    found = folders.load(base.path, like=replace(base, model=model))
+    fresh = model.state_dict()
+    lacking = [key for key in fresh if key not in found.state and key not in heads]
+    if lacking:
+        raise CheckpointError(
+            f"{base.path} lacks {lacking[0]!r}, which the adapter {path} does not bring either"
+        )
+    state = {
+        key: found.state[key]
+        if key in found.state and found.state[key].shape == value.shape
+        else value.to(base.dtype)
+        for key, value in fresh.items()
+    }
+    return replace(found, model=model, state=state)
+
+
+def _whole(tensors: State) -> State:
+    """What is no factor: the modules that are held whole, under the names of the base."""
+    return {
+        key.removeprefix(_PREFIX): value for key, value in tensors.items() if ".lora_" not in key
+    }
+
+
+def _check_head(path: Path, config: Any, tensors: State, base: Checkpoint) -> None:
+    """Refuse a base with another head than the adapter brings, with what to do about it."""
+    if str(config.task_type) not in _HEADED:
+        return
+    for key, value in _whole(tensors).items():
+        own = base.state.get(key)
+        if own is None or own.shape != value.shape:
+            raise CheckpointError(
+                f"{path} brings a head for {config.task_type} ({key}) that the base "
+                f"{base.path} has not; --base-head expert gives the base one"
+            )
 
 
 def _check_same(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmark.anatomy.families.row import Family, fused
 
 _BERTS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
+
+_MPNET: Any = {part: f"attention.attn.{part}" for part in "qkvo"}
 
 ENCODERS: tuple[Family, ...] = (
     Family(
@@ -32,7 +36,7 @@ ENCODERS: tuple[Family, ...] = (
     Family(
         name="mpnet",
         layer="encoder.layer.{}",
-        **{part: f"attention.attn.{part}" for part in "qkvo"},
+        **_MPNET,
         up="intermediate.dense",
         down="output.dense",
         fixed_heads=True,
