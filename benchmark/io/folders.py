@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,7 @@ class Checkpoint:
 
     ``model`` runs any State of the architecture (``torch.func.functional_call``). ``names``: name
     in the file → name in ``state``; tied weights have one in-memory name, the first.
+    ``pieces``: of tensors in the file that are several in memory.
     ``extra``: tensors of the file that the model does not use, written back as they came.
     """
 
@@ -62,6 +63,7 @@ class Checkpoint:
     names: dict[str, str]
     files: tuple[TensorFile, ...]
     extra: State
+    pieces: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,14 +124,19 @@ def load(path: Path | str, like: Checkpoint | None = None) -> Checkpoint:
         raise CheckpointError(f"{path} holds no tensors; save the model again")
     finite(tensors, str(path))
     if kind == "transformers":
-        model, names = transformers_model(path, tensors, None if like is None else like.model)
+        model, names, pieces = transformers_model(
+            path, tensors, None if like is None else like.model
+        )
     else:
-        model, names = open_clip_model(path, tensors)
+        model, names, pieces = open_clip_model(path, tensors)
     order = {key: position for position, key in enumerate(model.state_dict())}
     by_key = {names[name]: tensors[name] for name in reversed(tensors) if name in names}
+    weights = model.state_dict()
+    by_key |= {key: weights[key].clone() for keys in pieces.values() for key in keys}
     state = {key: by_key[key] for key in sorted(by_key, key=order.__getitem__)}
-    extra = {name: value for name, value in tensors.items() if name not in names}
-    return Checkpoint(path, kind, model, state, names, tuple(files), extra)
+    known = names.keys() | pieces.keys()
+    extra = {name: value for name, value in tensors.items() if name not in known}
+    return Checkpoint(path, kind, model, state, names, tuple(files), extra, pieces)
 
 
 def save(
@@ -156,11 +163,15 @@ def save(
             shutil.copyfile(like.path / file, temporary / file)
         _rewrite_configs(temporary, like.dtype)
         for layout in like.files:
-            tensors = {
-                name: state[like.names[name]] if name in like.names else like.extra[name]
-                for name in layout.names
-            }
+            tensors = {name: _stored(name, state, like) for name in layout.names}
             tensorfiles.write(temporary / layout.name, layout, tensors)
+
+
+def _stored(name: str, state: Mapping[str, torch.Tensor], like: Checkpoint) -> torch.Tensor:
+    """A tensor of the file."""
+    if name in like.pieces:
+        return torch.cat([state[key] for key in like.pieces[name]])
+    return state[like.names[name]] if name in like.names else like.extra[name]
 
 
 def _rewrite_configs(folder: Path, dtype: torch.dtype) -> None:

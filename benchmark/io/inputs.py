@@ -83,6 +83,9 @@ def random_inputs(
         vision = next((part for n in _EYES if (part := getattr(config, n, None))), config)
         size = getattr(vision, "image_size", None) or _SIDE
         inputs["pixel_values"] = _pixels(getattr(vision, "num_channels", 3), size, rng, examples)
+        if "noise" in arguments:  # that ViTMAE masks by
+            patches = (size // vision.patch_size) ** 2
+            inputs["noise"] = torch.rand(examples, patches, generator=rng)
     for name in {"input_features", "input_values"} & arguments.keys():
         inputs[name] = torch.randn(examples, *_sound(config), generator=rng)
     if "input_ids" in arguments:

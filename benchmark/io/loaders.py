@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,10 +37,17 @@ def main_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
-def transformers_model(
-    path: Path, tensors: State, like: nn.Module | None = None
-) -> tuple[nn.Module, dict[str, str]]:
-    """The model of a transformers folder, and file name → in-memory name of its tensors.
+class Loaded(NamedTuple):
+    """A model and its tensors: ``names``, in the file → in memory, the first where weights are
+    tied; ``pieces``: of those that are several in memory, one above the other in the file."""
+
+    model: nn.Module
+    names: dict[str, str]
+    pieces: dict[str, tuple[str, ...]]
+
+
+def transformers_model(path: Path, tensors: State, like: nn.Module | None = None) -> Loaded:
+    """The model of a transformers folder, and which of its tensors became which in memory.
 
     ``like``: a model whose architecture, head and all, is taken in place of the folder's own; what
     the tensors lack of its head stays as it is there.
@@ -84,20 +91,26 @@ def transformers_model(
             raise CheckpointError(
                 f"{path}: {cls.__name__} cannot be loaded: {brief(error)}"
             ) from error
-    names = _match(model, traced, list(tensors))
+    found = _match(model, traced, list(tensors))
     weights = model.state_dict()
-    for name, key in names.items():
-        if not torch.equal(weights[key], tensors[name].to(weights[key].dtype)):
+    for name, keys in found.items():
+        parts = [weights[key] for key in keys]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not torch.equal(value, tensors[name].to(value.dtype)):
             raise CheckpointError(
                 f"{path}: transformers does more than rename tensor {name!r} on load; "
                 "such architectures (mixtures of experts, ...) are not supported"
             )
-    used = set(names.values())
+    used = {key for keys in found.values() for key in keys}
     for key, parameter in model.named_parameters():
         if key not in used and like is None:
             raise CheckpointError(f"{path} lacks tensor {key!r}, or stores it in several pieces")
         parameter.requires_grad_(False)
-    return model.eval(), {f"{wrapped}{name}": key for name, key in names.items()}
+    return Loaded(
+        model.eval(),
+        {f"{wrapped}{name}": keys[0] for name, keys in found.items() if len(keys) == 1},
+        {f"{wrapped}{name}": tuple(keys) for name, keys in found.items() if len(keys) > 1},
+    )
 
 
 def _own(model: Any) -> tuple[Any, Any]:
@@ -179,24 +192,26 @@ def _numbered(tensors: State) -> State:
     }
 
 
-def _match(model: nn.Module, traced: nn.Module, files: list[str]) -> dict[str, str]:
-    """File name → in-memory name, the first one where weights are tied."""
+def _match(model: nn.Module, traced: nn.Module, files: list[str]) -> dict[str, list[str]]:
+    """File name → in-memory names, in order; the first ones where weights are tied."""
     first: dict[int, str] = {}
     canonical = {
         key: first.setdefault(id(value), key)
         for key, value in model.state_dict(keep_vars=True).items()
     }
-    names: dict[str, str] = {}
+    names: dict[str, list[str]] = {}
     for key, value in traced.state_dict().items():
         if not value.numel():
             continue
         number = value.flatten()[0].item() - _FIRST_TRACE
         if number in range(len(files)) and bool((value == value.flatten()[0]).all()):
-            names.setdefault(files[int(number)], canonical[key])
+            held = names.setdefault(files[int(number)], [])
+            if canonical[key] not in held:
+                held.append(canonical[key])
     return names
 
 
-def open_clip_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str, str]]:
+def open_clip_model(path: Path, tensors: State) -> Loaded:
     """The same for an open_clip folder, where both names are one."""
     import open_clip
 
@@ -216,7 +231,7 @@ def open_clip_model(path: Path, tensors: State) -> tuple[nn.Module, dict[str, st
     compatible(used, reference, str(path))
     # open_clip's own loader would convert legacy names; here the file must already have today's.
     model.load_state_dict(used)
-    return model.eval().requires_grad_(False), {key: key for key in used}
+    return Loaded(model.eval().requires_grad_(False), {key: key for key in used}, {})
 
 
 @contextmanager

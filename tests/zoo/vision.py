@@ -170,9 +170,9 @@ FAMILIES = ("vit", "dinov2", "clip", "open-clip", "eva02")
 TWO = ("clip", "open-clip", "open-clip-custom-text", "siglip", "open-clip-timm")
 POOLED = ("siglip", "timm-vit-pool", "open-clip-timm")
 STAGED = ("swin", "swinv2")
-#: Those that no library here writes as a folder, or that transformers takes apart on loading.
+#: Those that no library here writes as a folder.
 NO_FOLDER = (
-    "timm-vit", "timm-vit-mean", "timm-vit-pool", "eva02", "open-clip-timm", "dinov2-swiglu",
+    "timm-vit", "timm-vit-mean", "timm-vit-pool", "eva02", "open-clip-timm",
 )  # fmt: skip
 #: The Q/K gauge group of those where it is not the general one; those with a gated MLP.
 RESTRICTED = {"swinv2": "sign", "eva02": "rotary"}
