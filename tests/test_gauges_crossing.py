@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import zoo
@@ -62,10 +64,13 @@ def test_heads_of_several_layers(name: str, tied: bool) -> None:
         ("Whisper", "ForAudioClassification"),
         ("Wav2Vec2", "ForSequenceClassification"),
         ("Wav2Vec2", "ForAudioFrameClassification"),
+        ("MMS", "ForCTC"),
     ],
 )
 def test_heads_of_tasks(name: str, head: str) -> None:
     builders = {"T5": zoo.crossing.t5, "Bart": zoo.crossing.bart, "Whisper": zoo.audio.whisper}
+    # wav2vec2 with an adapter for each language.
+    builders["MMS"] = functools.partial(zoo.audio.waves, **zoo.audio.STABLE, adapter_attn_dim=16)
     model = builders.get(name, zoo.audio.waves)(head=head).eval()
     inputs = {"T5": zoo.TOKENS, "Bart": zoo.TOKENS, "Whisper": ("input_features",)}
     given = {key: zoo.examples()[key] for key in inputs.get(name, ("input_values",))}

@@ -42,13 +42,13 @@ def waves(name: str = "Wav2Vec2", head: str = "ForCTC", **fields: object) -> nn.
     return model(config(**{**sizes, **fields}))  # type: ignore[no-any-return]
 
 
-_STABLE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
+STABLE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
 _BOTH = ("input_features", "decoder_input_ids")
 
 MODELS: dict[str, Tiny] = {
     "whisper": (whisper, _BOTH),
     "wav2vec2": (waves, ("input_values",)),
-    "wav2vec2-stable": (functools.partial(waves, **_STABLE), ("input_values",)),
+    "wav2vec2-stable": (functools.partial(waves, **STABLE), ("input_values",)),
     "hubert": (
         functools.partial(waves, "Hubert", "ForSequenceClassification", classifier_proj_size=WIDTH),
         ("input_values",),

@@ -39,6 +39,16 @@ LOOSE: tuple[Loose, ...] = (
         down="output.dense",
         activation="hidden_act",
     ),
+    # Of a language, behind the layers of an encoder of sound.
+    Loose(
+        tuple(
+            f"{name}AttnAdapterLayer"
+            for name in ("Wav2Vec2", "Hubert", "UniSpeech", "UniSpeechSat")
+        ),
+        up="linear_1",
+        down="linear_2",
+        activation="relu",
+    ),
     # Of what stands between two places of a window.
     Loose(
         ("Swinv2SelfAttention",),

@@ -40,6 +40,7 @@ AUDIO: tuple[Row, ...] = (
     Row(
         **_WAVES,
         families=("wav2vec2-stable",),
+        adapter=("adapter_layer.linear_1", "adapter_layer.norm"),
         last=("encoder.layer_norm",),
     ),
     # Whisper's encoder; its decoder is as BART's are.

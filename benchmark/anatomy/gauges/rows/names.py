@@ -24,12 +24,14 @@ LENDS = re.compile(r"(.*\.)?shared\.weight")
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its full name and its blocks; ``cross``: that which reads an encoder."""
+    """One layer: its full name and its blocks; ``cross``: that which reads an encoder;
+    ``adapter``: a second MLP."""
 
     name: str
     attention: AttentionBlock
     mlp: MLPBlock | None
     cross: AttentionBlock | None = None
+    adapter: MLPBlock | None = None
 
 
 class Names:
@@ -128,7 +130,7 @@ class Side:
 
 
 def sides_of(names: Names, row: Row, layer: Layer) -> tuple[Side, ...]:
-    """Attention, that which reads an encoder if there is one, and MLP."""
+    """Attention, that which reads an encoder if there is one, MLP, and an adapter if there is."""
     scales: list[Slot | None] = [None, None]
     for pair in row.scales:
         if all(layer.name + key in names.state for key in pair):
@@ -147,6 +149,8 @@ def sides_of(names: Names, row: Row, layer: Layer) -> tuple[Side, ...]:
         found.append(Side(wholes(cross.q), writer, crossing=crossing, free=_free(cross)))
     if mlp is not None:
         found.append(Side(wholes(mlp.up, mlp.gate), Writer(mlp.down, scales[1]), behind[1]))
+    if layer.adapter is not None:
+        found.append(Side(wholes(layer.adapter.up), Writer(layer.adapter.down)))
     return tuple(found)
 
 

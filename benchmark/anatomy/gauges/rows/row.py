@@ -46,6 +46,7 @@ class Row:
             that.
         cross: the family of the attention with which a layer reads an encoder, and its norm.
         bare: the attention of the first layer reads the stream itself.
+        adapter: the first map of an MLP that stands behind a layer's own, and its norm.
         places: positions that are added to the embeddings. Where the State has none of those that
             are ``embeddings``, what the code makes up instead is added.
         activated: embeddings that an activation stands behind.
@@ -72,5 +73,6 @@ class Row:
     encodes: bool = False
     cross: tuple[str, str] | None = None
     bare: bool = False
+    adapter: tuple[str, str] | None = None
     places: tuple[str, ...] = ()
     activated: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from benchmark.anatomy.blocks import Axis
+from benchmark.anatomy.blocks import AttentionBlock, Axis, MLPBlock
 from benchmark.anatomy.families import FAMILIES
 from benchmark.anatomy.gauges.convolutional import convolutional
 from benchmark.anatomy.gauges.rows import ROWS
@@ -103,7 +103,8 @@ def _towers(names: Names, anatomy: Anatomy) -> Iterator[Parts]:
             if row is not None:
                 at = root.removesuffix(row.inside)
                 if any(names.axes(at + need) for need in row.needs):
-                    yield _tower(names, row, at, _crossed(row, root, layers, anatomy, names.state))
+                    whole = _whole(row, root, layers, anatomy, names.state)
+                    yield _tower(names, row, at, list(whole))
 
 
 def _fits(row: Row, root: str, layers: Sequence[Layer], names: Names) -> bool:
@@ -116,17 +117,20 @@ def _fits(row: Row, root: str, layers: Sequence[Layer], names: Names) -> bool:
     ) and all(root + mark in names.state for mark in row.marks)
 
 
-def _crossed(
+def _whole(
     row: Row, root: str, layers: Sequence[Layer], anatomy: Anatomy, state: Mapping[str, Tensor]
-) -> list[Layer]:
-    """The layers, with the attention of each that reads an encoder."""
-    if row.cross is None:
-        return list(layers)
-    family = next(family for family in FAMILIES if family.name == row.cross[0])
-    blocks = {
-        layer.name: layer.attention for layer in roots_of(family, anatomy, state).get(root, ())
-    }
-    return [replace(layer, cross=blocks.get(layer.name)) for layer in layers]
+) -> Iterator[Layer]:
+    """The layers with what the row says that there may be more of."""
+    blocks, mlps = dict[str, AttentionBlock](), dict[str, MLPBlock]()
+    if row.cross is not None:
+        family = next(family for family in FAMILIES if family.name == row.cross[0])
+        found = roots_of(family, anatomy, state).get(root, ())
+        blocks = {layer.name: layer.attention for layer in found}
+    if row.adapter is not None:
+        mlps = {mlp.up.weight.key: mlp for mlp in anatomy.mlp}
+    for layer in layers:
+        up = f"{layer.name}{row.adapter[0]}.weight" if row.adapter else ""
+        yield replace(layer, cross=blocks.get(layer.name), adapter=mlps.get(up))
 
 
 def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Parts:
@@ -176,7 +180,7 @@ def _tower(names: Names, row: Row, root: str, layers: Sequence[Layer]) -> Parts:
             tied=() if head.readers else head.tied,
         ),
         head=head,
-        mlps=tuple(layer.mlp for layer in layers if layer.mlp is not None),
+        mlps=tuple(mlp for x in layers for mlp in (x.mlp, x.adapter) if mlp is not None),
         post=row.post,
         encodes=row.encodes,
     )
@@ -192,4 +196,6 @@ def _norms(names: Names, row: Row, layer: Layer) -> tuple[Norm | None, ...]:
     ]
     if layer.cross is not None and row.cross is not None:
         found.insert(1, names.norm(layer.name + row.cross[1], row))
+    if layer.adapter is not None and row.adapter is not None:
+        found.append(names.norm(layer.name + row.adapter[1], row))
     return tuple(found)
