@@ -92,7 +92,7 @@ def test_exact_defenses_keep_the_function(spec: str, name: str) -> None:
     released = named.method.protect(
         replace(owner, base=precise(owner.base), expert=expert), generator(3)
     )
-    bound = 2e-5 if name in {*GROUPED, "gptj", "t5"} else 1e-8
+    bound = 2e-5 if name in {*GROUPED, "gptj", "t5", "modernbert"} else 1e-8
     assert drift(copy.deepcopy(model).double(), expert, released, precise(inputs)) <= bound
 
 

@@ -79,12 +79,14 @@ class Axis:
     """One axis of a slot, along which the units of a block lie.
 
     ``power``: 1 where entries are multiplied by c when the units are scaled by c, -1 where they are
-    divided, 0 where they stay.
+    divided, 0 where they stay. ``mixed``: another gauge mixes what lies across, so that it tells no
+    unit from another (the heads of an attention pool).
     """
 
     slot: Slot
     dim: int
     power: int = 0
+    mixed: bool = False
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         """What belongs to each unit: a view (n, ...)."""

@@ -276,7 +276,7 @@ def _read_by(layout: Layout, readers: tuple[str, ...], stream: str) -> bool:
             continue
         key = f"{above}{name[1:]}" if outside else f"{layout.prefix}{name}"
         if f"{key}.weight" in layout.state:
-            layout.reader(key, stream)
+            layout.reader(key, stream, mixed=name in _POOL)
             found = True
     if layout.has("attnpool.c_proj"):
         layout.conv("attnpool.c_proj", None)

@@ -18,6 +18,7 @@ the answer as long as the task vector is small against the weights; the better e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -45,6 +46,7 @@ def match_coupled(
     ``cost=cosine`` compares the directions of the rows that make each unit instead, in both starts
     and in every step. On the CPU.
     """
+    groups = [_telling(group) for group in groups]
     keys = {axis.slot.key for group in groups for axis in group.axes}
     start, goal = ({key: source[key].float() for key in keys} for source in (state, anchor))
     if cost == "inner":
@@ -61,6 +63,13 @@ def match_coupled(
         )
     ]
     return min(ends, key=lambda end: end[1])[0]
+
+
+def _telling(group: Units) -> Units:
+    """The group by what tells its units apart."""
+    if not isinstance(group, Channels):
+        return group
+    return replace(group, axes=tuple(axis for axis in group.axes if not axis.mixed))
 
 
 def _descend(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -86,13 +87,16 @@ class Layout:
         self._note(key, into, 1, power)
         self._note(f"{self.prefix}{name}.bias", out, 0, 0)
 
-    def reader(self, name: str, units: str) -> None:
-        """A layer, by its full name, whose inputs are ``units`` and whose outputs stay."""
+    def reader(self, name: str, units: str, mixed: bool = False) -> None:
+        """A layer, by its full name, whose inputs are ``units`` and whose outputs stay, or
+        (``mixed``) belong to heads."""
         tower, self.prefix = self.prefix, ""
         try:
             self.conv(name, None, units)
         finally:
             self.prefix = tower
+        if mixed:
+            self._axes[units][-1] = replace(self._axes[units][-1], mixed=True)
 
     def mlp(self, up: str, down: str, stream: str, activation: str) -> MLPBlock:
         """Two Linears around an activation: an MLP block, whose ends lie along ``stream``."""

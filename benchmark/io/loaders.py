@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,8 +103,10 @@ def transformers_model(path: Path, tensors: State, like: nn.Module | None = None
                 "such architectures (mixtures of experts, ...) are not supported"
             )
     used = {key for keys in found.values() for key in keys}
+    made_up = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     for key, parameter in model.named_parameters():
-        if key not in used and like is None:
+        made = any(pattern.search(key) for pattern in made_up)  # Marian's positions
+        if key not in used and not made and like is None:
             raise CheckpointError(f"{path} lacks tensor {key!r}, or stores it in several pieces")
         parameter.requires_grad_(False)
     return Loaded(

@@ -56,6 +56,8 @@ RESTRICTED = {**decoders.RESTRICTED, **encoders.RESTRICTED, **vision.RESTRICTED}
 #: Those with fewer KV heads than heads; those with a gated MLP.
 GROUPED = decoders.GROUPED
 GATED = (*decoders.GATED, *crossing.GATED, *vision.GATED, *encoders.GATED)
+#: Those whose gauges outside the blocks have no row.
+INSIDE = (*encoders.INSIDE, *vision.INSIDE, "open-clip-resnet")
 #: Those of which an encoder and a decoder have ``LAYERS`` each, and how wide the encoder is.
 CROSSING = dict.fromkeys((*crossing.MODELS, *audio.CROSSING), WIDTH) | crossing.WIDTHS
 

@@ -97,8 +97,9 @@ MODELS: dict[str, Tiny] = {
 }  # fmt: skip
 #: One model per family: the rest differ in their prefixes only.
 FAMILIES = ("bert", "distilbert", "deberta-v3", "albert", "modernbert")
-#: Those whose layers are one; the Q/K gauge group of those where it is not the general one; those
-#: with a gated MLP.
+#: Those whose layers are one; whose gauges outside the blocks have no row; the Q/K gauge group of
+#: those where it is not the general one; those with a gated MLP.
 SHARED = ("albert",)
+INSIDE = ("deberta-v3", "albert")
 RESTRICTED = {"modernbert": "rotary"}
 GATED = ("modernbert",)

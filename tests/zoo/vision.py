@@ -170,6 +170,8 @@ FAMILIES = ("vit", "dinov2", "clip", "open-clip", "eva02")
 TWO = ("clip", "open-clip", "open-clip-custom-text", "siglip", "open-clip-timm")
 POOLED = ("siglip", "timm-vit-pool", "open-clip-timm")
 STAGED = ("swin", "swinv2")
+#: Those whose gauges outside the blocks have no row.
+INSIDE = (*STAGED, *POOLED, "deit-teacher")
 #: Those that no library here writes as a folder.
 NO_FOLDER = (
     "timm-vit", "timm-vit-mean", "timm-vit-pool", "eva02", "open-clip-timm",

@@ -294,8 +294,14 @@ def of(model: nn.Module | Anatomy, state: Mapping[str, Tensor]) -> Group:
         weight = bridge.linear.weight
         found += [BridgeBasis(weight.key.removesuffix(".weight"), bridge, len(weight.read(state)))]
     found += [FilterScale(n.name, n, len(n.gain.read(state))) for n in wired.instance_norms]
-    order = {kind: i for i, kind in enumerate(KINDS)}
-    return Group(tuple(sorted(found, key=lambda g: order[type(g)])), wired.uncovered)
+    order: dict[type[Gauge], int] = {kind: i for i, kind in enumerate(KINDS)}
+
+    def place(gauge: Gauge) -> tuple[int, int]:
+        # The heads of an attention pool are known by the channels that they read.
+        outer = isinstance(gauge, UnitOrder) and bool(anatomy.channels)
+        return (order[HeadOrder], 0) if outer else (order[type(gauge)], 1)
+
+    return Group(tuple(sorted(found, key=place)), wired.uncovered)
 
 
 def _inside(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
