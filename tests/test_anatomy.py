@@ -38,6 +38,7 @@ from benchmark.anatomy.gauge import rotary_matrix
 from benchmark.core.errors import UsageError
 from benchmark.core.state import State, digest, norm, task_vector
 
+MIXTURES = zoo.decoders.MIXTURES
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 
 quick = settings(
@@ -63,7 +64,7 @@ def random_symmetry(state: State, anatomy: Anatomy, rng: torch.Generator) -> Sta
     return out
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.NAMES if n not in zoo.vision.STAGED])
+@pytest.mark.parametrize("name", [n for n in zoo.NAMES if n not in (*zoo.vision.STAGED, *MIXTURES)])
 def test_finds_every_block(name: str) -> None:
     model, _ = zoo.tiny(name)
     anatomy = Anatomy.of(model)
@@ -120,6 +121,27 @@ def test_finds_every_block(name: str) -> None:
         for slot in linear.slots()
     ] + [(slot.key, slot.rows) for mlp in anatomy.mlp for slot in mlp.rows()]
     assert len(slots) == len(set(slots))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_expert_is_an_mlp(name: str) -> None:
+    model, inputs = zoo.tiny(name)
+    anatomy, state = Anatomy.of(model), zoo.state_of(model)
+    # Qwen2-MoE's second layer has one MLP for all tokens, its first one beside the experts.
+    assert len(anatomy.mlp) == {"qwen2-moe": 5}.get(name, 6)
+    assert {mlp.unit_scale for mlp in anatomy.mlp} == {"signed"}
+    assert anatomy.uncovered == ()
+    for mlp in anatomy.mlp:
+        moved = dict(state)
+        permute_units(moved, mlp, torch.randperm(mlp.width(state), generator=generator(1)))
+        assert {k for k in state if moved[k] is not state[k]} == {s.key for s in mlp.rows()} | {
+            mlp.down.weight.key
+        }
+        assert zoo.drift(model, state, moved, inputs) <= TOLERANCE
+        if mlp.up.weight.index is not None:  # the other experts are as they were
+            others = [i for i in range(3) if i != mlp.up.weight.index]
+            key = mlp.up.weight.key
+            assert torch.equal(moved[key][others], state[key][others])
 
 
 @pytest.mark.parametrize("name", zoo.vision.STAGED)

@@ -67,7 +67,8 @@ def test_all_are_named_together(name: str) -> None:
 def test_an_undefended_expert_has_no_lock(name: str) -> None:
     base, expert, anatomy, _ = setting(name)
     found = diagnose(expert, base, anatomy)
-    assert found.summary == "no lock found; left as it is"
+    unseen = f"; not looked at: {'; '.join(found.missing)}" if found.missing else ""
+    assert found.summary == f"no lock found; left as it is{unseen}"
     assert (found.gauges, found.remaining, found.residual) == ({}, {}, 0)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from zoo import NAMES, outputs, state_of, tiny
+from zoo.decoders import MIXTURES
 
 from benchmark.anatomy import Anatomy, Linear, MLPBlock, Slot, taps
 from benchmark.core.errors import MethodError
@@ -18,8 +19,8 @@ def hooks(module: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
-#: Those whose hidden units nothing stands behind.
-PLAIN = [name for name in NAMES if name != "eva02"]
+#: Those whose hidden units nothing stands behind, and that are modules of their own.
+PLAIN = [name for name in NAMES if name not in ("eva02", *MIXTURES)]
 
 
 def applied(linear: Linear, state: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
@@ -112,6 +113,15 @@ def test_replacing_what_enters_down(name: str) -> None:
     )
     assert float((silenced - plain).abs().max()) > 1e-3
     assert torch.equal(outputs(model, state, inputs), plain)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_not_watched(name: str) -> None:
+    model, _ = tiny(name)
+    expert = next(b for b in Anatomy.of(model).mlp if b.up.weight.index is not None)
+    for key in (expert.up.weight.key, expert.down.weight.key):
+        with pytest.raises(MethodError, match="holds many experts' weights"):
+            taps.owner(model, key)
 
 
 def test_what_a_norm_makes_of_hidden_units_is_not_replaced() -> None:

@@ -24,12 +24,14 @@ class Slot:
     """Part of one tensor of a State: ``rows`` of its output axis, seen with output units first.
 
     ``every``: those rows of every so many, as where queries, keys and values take turns per head.
+    ``index``: that of the tensor where several lie in one (the experts of a mixture).
     """
 
     key: str
     rows: tuple[int, int] | None = None
     transposed: bool = False
     every: int | None = None
+    index: int | None = None
 
     def cut(self, value: Tensor, dim: Literal[0, -1] = 0) -> Tensor:
         """The slot's part of the output units, which lie along ``dim``: a view, of one axis more
@@ -44,19 +46,20 @@ class Slot:
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         """(out, in) for a weight, (out, in, kh, kw) for that of a convolution, (out,) for a bias:
         a view, but for a slot with an ``every``."""
-        value = state[self.key]
+        value = state[self.key] if self.index is None else state[self.key][self.index]
         value = self.cut(value.T if self.transposed else value)
         return value if self.every is None else value.flatten(0, 1)
 
     def write(self, state: State, value: Tensor) -> None:
         """Replace the slot in ``state``. The tensor that was there is never written to."""
         old = state[self.key]
-        if self.rows is None:
+        if self.rows is None and self.index is None:
             fresh = value.T if self.transposed else value
             state[self.key] = fresh.to(old.dtype).contiguous().reshape(old.shape)
         else:
             fresh = old.clone()
-            part = self.cut(fresh.T if self.transposed else fresh)
+            inner = fresh if self.index is None else fresh[self.index]
+            part = self.cut(inner.T if self.transposed else inner)
             part.copy_(value.reshape(part.shape))
             state[self.key] = fresh
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmark.anatomy.blocks import Linear, MLPBlock
+from benchmark.anatomy.families.loose import EXPERTS
 from benchmark.core.errors import MethodError
 
 #: (output of up, output of gate or None), each (..., n) → what enters down, or None to leave it.
@@ -51,6 +52,10 @@ def owner(module: nn.Module, key: str) -> nn.Module:
         found = None
     if found is None or not hasattr(found, name):
         raise MethodError(f"{type(module).__name__} has no tensor {key!r} to watch the inputs of")
+    if found.__class__.__name__ in EXPERTS:
+        raise MethodError(
+            f"the inputs of {key!r} cannot be watched: it holds many experts' weights"
+        )
     if _inside_attention(module, path):
         raise MethodError(
             f"the inputs of {key!r} cannot be watched: nn.MultiheadAttention uses that tensor "

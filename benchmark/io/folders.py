@@ -24,7 +24,13 @@ from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.outputs import MARKER, check_ours, recover, replacing_folder
 from benchmark.core.state import State, compatible, finite
 from benchmark.io import tensorfiles
-from benchmark.io.loaders import CLIP_CONFIG, main_dtype, open_clip_model, transformers_model
+from benchmark.io.loaders import (
+    CLIP_CONFIG,
+    Piece,
+    main_dtype,
+    open_clip_model,
+    transformers_model,
+)
 from benchmark.io.tensorfiles import TensorFile
 
 _HF, _HF_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,7 +58,7 @@ class Checkpoint:
 
     ``model`` runs any State of the architecture (``torch.func.functional_call``). ``names``: name
     in the file → name in ``state``; tied weights have one in-memory name, the first.
-    ``pieces``: of tensors in the file that are several in memory.
+    ``pieces``: those of the file that are several tensors in memory, or a part of one.
     ``extra``: tensors of the file that the model does not use, written back as they came.
     """
 
@@ -63,7 +69,7 @@ class Checkpoint:
     names: dict[str, str]
     files: tuple[TensorFile, ...]
     extra: State
-    pieces: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    pieces: dict[str, Piece] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +138,7 @@ def load(path: Path | str, like: Checkpoint | None = None) -> Checkpoint:
     order = {key: position for position, key in enumerate(model.state_dict())}
     by_key = {names[name]: tensors[name] for name in reversed(tensors) if name in names}
     weights = model.state_dict()
-    by_key |= {key: weights[key].clone() for keys in pieces.values() for key in keys}
+    by_key |= {key: weights[key].clone() for piece in pieces.values() for key in piece.keys}
     state = {key: by_key[key] for key in sorted(by_key, key=order.__getitem__)}
     known = names.keys() | pieces.keys()
     extra = {name: value for name, value in tensors.items() if name not in known}
@@ -170,7 +176,7 @@ def save(
 def _stored(name: str, state: Mapping[str, torch.Tensor], like: Checkpoint) -> torch.Tensor:
     """A tensor of the file."""
     if name in like.pieces:
-        return torch.cat([state[key] for key in like.pieces[name]])
+        return like.pieces[name].read(state)
     return state[like.names[name]] if name in like.names else like.extra[name]
 
 

@@ -38,13 +38,30 @@ def main_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
+class Piece(NamedTuple):
+    """Where a tensor of a file is in memory: one or several tensors there, one above the other in
+    the file, or a part of one (``box``: start and stop of every axis)."""
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    box: tuple[tuple[int, int], ...] = ()
+
+    def read(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The tensor as the file has it."""
+        if self.box:
+            part = state[self.keys[0]][tuple(slice(*ends) for ends in self.box)]
+            return part.reshape(self.shape)
+        parts = [state[key] for key in self.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class Loaded(NamedTuple):
     """A model and its tensors: ``names``, in the file → in memory, the first where weights are
-    tied; ``pieces``: of those that are several in memory, one above the other in the file."""
+    tied; ``pieces``: those that are no tensor of their own in memory, or several."""
 
     model: nn.Module
     names: dict[str, str]
-    pieces: dict[str, tuple[str, ...]]
+    pieces: dict[str, Piece]
 
 
 def transformers_model(path: Path, tensors: State, like: nn.Module | None = None) -> Loaded:
@@ -92,27 +109,27 @@ def transformers_model(path: Path, tensors: State, like: nn.Module | None = None
             raise CheckpointError(
                 f"{path}: {cls.__name__} cannot be loaded: {brief(error)}"
             ) from error
-    found = _match(model, traced, list(tensors))
+    found = _match(model, traced, tensors)
     weights = model.state_dict()
-    for name, keys in found.items():
-        parts = [weights[key] for key in keys]
-        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+    for name, piece in found.items():
+        value = piece.read(weights)
         if not torch.equal(value, tensors[name].to(value.dtype)):
             raise CheckpointError(
                 f"{path}: transformers does more than rename tensor {name!r} on load; "
-                "such architectures (mixtures of experts, ...) are not supported"
+                "such architectures are not supported"
             )
-    used = {key for keys in found.values() for key in keys}
+    used = {key for piece in found.values() for key in piece.keys}
     made_up = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     for key, parameter in model.named_parameters():
         made = any(pattern.search(key) for pattern in made_up)  # Marian's positions
         if key not in used and not made and like is None:
             raise CheckpointError(f"{path} lacks tensor {key!r}, or stores it in several pieces")
         parameter.requires_grad_(False)
+    plain = {n: p.keys[0] for n, p in found.items() if len(p.keys) == 1 and not p.box}
     return Loaded(
         model.eval(),
-        {f"{wrapped}{name}": keys[0] for name, keys in found.items() if len(keys) == 1},
-        {f"{wrapped}{name}": tuple(keys) for name, keys in found.items() if len(keys) > 1},
+        {f"{wrapped}{name}": key for name, key in plain.items()},
+        {f"{wrapped}{name}": piece for name, piece in found.items() if name not in plain},
     )
 
 
@@ -195,23 +212,33 @@ def _numbered(tensors: State) -> State:
     }
 
 
-def _match(model: nn.Module, traced: nn.Module, files: list[str]) -> dict[str, list[str]]:
-    """File name → in-memory names, in order; the first ones where weights are tied."""
+def _match(model: nn.Module, traced: nn.Module, tensors: State) -> dict[str, Piece]:
+    """File name → where it is in memory; under its first name where weights are tied."""
     first: dict[int, str] = {}
     canonical = {
         key: first.setdefault(id(value), key)
         for key, value in model.state_dict(keep_vars=True).items()
     }
-    names: dict[str, list[str]] = {}
+    files, found = list(tensors), dict[str, Piece]()
     for key, value in traced.state_dict().items():
         if not value.numel():
             continue
-        number = value.flatten()[0].item() - _FIRST_TRACE
-        if number in range(len(files)) and bool((value == value.flatten()[0]).all()):
-            held = names.setdefault(files[int(number)], [])
-            if canonical[key] not in held:
-                held.append(canonical[key])
-    return names
+        low, high = (int(value.min()) - _FIRST_TRACE, int(value.max()) - _FIRST_TRACE)
+        if not 0 <= low <= high < len(files):
+            continue
+        for number in [low] if low == high else (value.unique() - _FIRST_TRACE).int().tolist():
+            name, box = files[number], () if low == high else _box(value, number)
+            shape = tuple(tensors[name].shape)
+            before = found.get(name, Piece((), shape))
+            if canonical[key] not in before.keys:
+                found[name] = Piece((*before.keys, canonical[key]), shape, box)
+    return found
+
+
+def _box(value: torch.Tensor, number: int) -> tuple[tuple[int, int], ...]:
+    """The corners of the part of a traced tensor that came from one of the file."""
+    where = (value == _FIRST_TRACE + number).nonzero()
+    return tuple((int(axis.min()), int(axis.max()) + 1) for axis in where.unbind(1))
 
 
 def open_clip_model(path: Path, tensors: State) -> Loaded:

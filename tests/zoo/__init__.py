@@ -50,14 +50,14 @@ FAMILIES: tuple[str, ...] = (
 )  # fmt: skip
 #: Those that are like another but for a head, a norm or a class of their own: left out of the
 #: default run of long tests.
-KIN: frozenset[str] = frozenset((*crossing.KIN, *audio.KIN))
+KIN: frozenset[str] = frozenset((*crossing.KIN, *audio.KIN, *decoders.KIN, *vision.KIN))
 #: The Q/K gauge group of those where it is not the general one.
 RESTRICTED = {**decoders.RESTRICTED, **encoders.RESTRICTED, **vision.RESTRICTED}
 #: Those with fewer KV heads than heads; those with a gated MLP.
 GROUPED = decoders.GROUPED
 GATED = (*decoders.GATED, *crossing.GATED, *vision.GATED, *encoders.GATED)
 #: Those whose gauges outside the blocks have no row.
-INSIDE = (*encoders.INSIDE, *vision.INSIDE, "open-clip-resnet")
+INSIDE = (*decoders.MIXTURES, *encoders.INSIDE, *vision.INSIDE, "open-clip-resnet")
 #: Those of which an encoder and a decoder have ``LAYERS`` each, and how wide the encoder is.
 CROSSING = dict.fromkeys((*crossing.MODELS, *audio.CROSSING), WIDTH) | crossing.WIDTHS
 

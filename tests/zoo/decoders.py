@@ -71,6 +71,8 @@ _MULTIPLIERS = {
 _HEAD_DIM = {"head_dim": WIDTH // HEADS}
 
 
+#: Grouped products are for single precision only.
+_EAGER = {"experts_implementation": "eager"}
 MODELS: dict[str, Tiny] = {
     "gpt2": (_gpt2, TOKENS),
     "llama": (functools.partial(decoder, "Llama", **_HEAD_DIM), TOKENS),
@@ -89,6 +91,21 @@ MODELS: dict[str, Tiny] = {
         TOKENS,
     ),
     "smollm3": (functools.partial(decoder, "SmolLM3", no_rope_layers=[1, 0]), TOKENS),
+    "mixtral": (functools.partial(decoder, "Mixtral", num_local_experts=3, **_EAGER), TOKENS),
+    "qwen2-moe": (
+        functools.partial(
+            decoder, "Qwen2Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24,
+            shared_expert_intermediate_size=HIDDEN, mlp_only_layers=[1], **_EAGER,
+        ),
+        TOKENS,
+    ),
+    "qwen3-moe": (
+        functools.partial(
+            decoder, "Qwen3Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24,
+            head_dim=WIDTH // HEADS, **_EAGER,
+        ),
+        TOKENS,
+    ),
     "cohere2": (
         functools.partial(
             decoder, "Cohere2", sliding_window=4,
@@ -143,7 +160,8 @@ RESTRICTED = {
     "llama": "rotary", "mistral": "rotary", "qwen2": "rotary", "gemma2": "rotary",
     "qwen3": "sign", "gemma3": "sign",
     "gemma": "rotary", "starcoder2": "rotary", "granite": "rotary", "olmo2": "sign",
-    "olmo3": "sign", "cohere2": "rotary",
+    "olmo3": "sign", "cohere2": "rotary", "mixtral": "rotary", "qwen2-moe": "rotary",
+    "qwen3-moe": "sign",
     "stablelm": "rotary", "stablelm-parallel": "rotary", "smollm3": "rotary", "cohere": "rotary",
     "phi": "rotary", "gptj": "rotary", "gpt-neox": "rotary", "phi3": "rotary",
     "falcon": "rotary", "falcon-new": "rotary",
@@ -152,5 +170,8 @@ RESTRICTED = {
 GROUPED = tuple({*RESTRICTED} - {"phi", "gptj", "gpt-neox", "falcon"})
 #: Those with a gated MLP.
 GATED = tuple({*GROUPED} - {"starcoder2", "falcon-new"})
+#: Mixtures of experts, whose gauges outside the blocks have no row.
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe")
+KIN = ("qwen2-moe", "qwen3-moe", "olmo3")
 #: One model per family: the rest differ in their prefixes only.
 FAMILIES = ("gpt2", "qwen2", "qwen3", "olmo2", "cohere", "gptj", "phi3", "falcon", "bloom")

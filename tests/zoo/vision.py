@@ -176,6 +176,11 @@ INSIDE = (*STAGED, *POOLED, "deit-teacher")
 NO_FOLDER = (
     "timm-vit", "timm-vit-mean", "timm-vit-pool", "eva02", "open-clip-timm",
 )  # fmt: skip
+#: Those that differ from another in little: the long tests leave them to CI.
+KIN = (
+    "deit-teacher", "vit-mae", "dinov2-registers", "swin", "timm-vit-mean", "timm-vit-pool",
+    "open-clip-timm",
+)  # fmt: skip
 #: The Q/K gauge group of those where it is not the general one; those with a gated MLP.
 RESTRICTED = {"swinv2": "sign", "eva02": "rotary"}
 GATED = ("dinov2-swiglu", "eva02")

@@ -17,6 +17,11 @@ _LLAMA: Any = {
     "down": "mlp.down_proj",
     "rotary": True,
 }
+#: Attention alone, for the MLPs are many; which of them a token takes is none of their gauges.
+_MIXTURE: Any = {
+    **{key: value for key, value in _LLAMA.items() if key not in ("gate", "up", "down")},
+    "beside": r"mlp\.(gate|shared_expert_gate)\.weight",
+}
 #: Separate projections with these names, and a plain MLP.
 _PROJECTIONS: Any = {
     "layer": "layers.{}",
@@ -75,6 +80,13 @@ DECODERS: tuple[Family, ...] = (
             "SmolLM3Attention",
         ),
     ),
+    Family(
+        name="qwen3-moe",
+        **_MIXTURE,
+        qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
+        classes=("Qwen3MoeAttention",),
+    ),
+    Family(name="moe", **_MIXTURE, classes=("MixtralAttention", "Qwen2MoeAttention")),
     Family(name="gemma", **_LLAMA, classes=("GemmaAttention",)),
     Family(name="stablelm", **_LLAMA, classes=("StableLmAttention",)),
     Family(name="cohere", **_LLAMA, interleaved=True, classes=("CohereAttention",)),

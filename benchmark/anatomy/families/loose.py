@@ -1,11 +1,11 @@
-"""MLPs that stand by themselves: between a tower that sees and one that writes."""
+"""MLPs that stand by themselves: between a tower that sees and one that writes, or side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from benchmark.anatomy.blocks import Linear, MLPBlock, Slot
 
@@ -18,7 +18,11 @@ class Loose(NamedTuple):
     up: str
     down: str
     activation: str
+    gate: str = ""
 
+
+#: Mixtures: gates and ups are one tensor (experts, 2n, d), downs another (experts, d, n).
+EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts")
 
 LOOSE: tuple[Loose, ...] = (
     Loose(
@@ -49,6 +53,14 @@ LOOSE: tuple[Loose, ...] = (
         down="linear_2",
         activation="relu",
     ),
+    # What every token goes through beside the experts, and the layers that have none.
+    Loose(
+        ("Qwen2MoeMLP", "Qwen3MoeMLP"),
+        up="up_proj",
+        gate="gate_proj",
+        down="down_proj",
+        activation="hidden_act",
+    ),
     # Of what stands between two places of a window.
     Loose(
         ("Swinv2SelfAttention",),
@@ -74,4 +86,16 @@ def loose(model: nn.Module) -> Iterator[MLPBlock]:
 
             config = getattr(module, "config", getattr(model, "config", None))
             activation = getattr(config, row.activation, row.activation)
-            yield MLPBlock(up=linear(row.up), down=linear(row.down), activation=activation)
+            gate = linear(row.gate) if row.gate else None
+            yield MLPBlock(linear(row.up), linear(row.down), gate, activation)
+        if type(module).__name__ in EXPERTS:
+            yield from _experts(name, state, getattr(model, "config", None))
+
+
+def _experts(name: str, state: Mapping[str, Tensor], config: object) -> Iterator[MLPBlock]:
+    both, down = (f"{name}.{part}" for part in ("gate_up_proj", "down_proj"))
+    experts, width = len(state[both]), state[both].shape[1] // 2
+    for i in range(experts):
+        gate, up = (Linear(Slot(both, rows, index=i)) for rows in ((0, width), (width, 2 * width)))
+        act = getattr(config, "hidden_act", "silu")
+        yield MLPBlock(up, Linear(Slot(down, index=i)), gate, act)

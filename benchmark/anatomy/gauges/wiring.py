@@ -231,7 +231,7 @@ def whole(linear: Linear) -> Linear:
     """The layer a projection is a part of: all rows of a fused tensor."""
 
     def all_rows(slot: Slot) -> Slot:
-        return Slot(slot.key, transposed=slot.transposed)
+        return Slot(slot.key, transposed=slot.transposed, index=slot.index)
 
     return Linear(all_rows(linear.weight), None if linear.bias is None else all_rows(linear.bias))
 
