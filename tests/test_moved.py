@@ -18,7 +18,10 @@ EVERY = (*zoo.NAMES, *zoo.CONVOLUTIONAL)
 #: Every kind of gauge is in one of these; the rest have the same kinds in other places.
 QUICK = {"bert-classifier", "vit", "llama", "qwen3", "gemma2", "convnext", "resnet"}
 #: The heads and biases of so small a text tower are hardly moved by a lock that draws from shapes.
-SMALL = {"open-clip-resnet": {"heads", "value-shift", "key-bias"}}
+SMALL = {
+    "open-clip-resnet": {"heads", "value-shift", "key-bias"},
+    "open-clip-convnext": {"heads"},  # two, which a draw may leave where they are
+}
 #: Elements of a rotation, which is told in their place.
 TURNED = {"stream-permutation", "stream-sign"}
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.records import Cell
-from benchmark.evaluation.flags import FLAGS
+from benchmark.evaluation.flags import FLAGS, UNDEFENDED
 from benchmark.evaluation.scoring import (
     SITUATIONS,
     Gains,
@@ -84,7 +84,9 @@ def contradictions(cell: Cell) -> Iterator[str]:
     for name, value in follow.items():
         if not same(getattr(cell, name), value):
             yield f"{name} does not follow from its outcomes"
-    if cell.merged_accuracy and not same(cell.merged_accuracy, cell.accuracy):
+    # Of the undefended expert the best merge is measured, too, where something else won.
+    won = cell.sha256.merged or cell.defense != UNDEFENDED
+    if cell.merged_accuracy and won and not same(cell.merged_accuracy, cell.accuracy):
         yield "merged_accuracy does not follow from its outcomes"
 
 
