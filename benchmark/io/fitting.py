@@ -79,7 +79,12 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
 def _known(checkpoint: Checkpoint) -> set[str] | None:
     """The fields that the configuration's class has; what else stands there is somebody's note."""
     config = getattr(checkpoint.model, "config", None)
-    return None if config is None else set(type(config)().to_dict())
+    if config is None:
+        return None
+    try:
+        return set(type(config)().to_dict())
+    except ValueError:  # one of several parts, which has no defaults
+        return None
 
 
 def _differences(
