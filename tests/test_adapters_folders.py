@@ -18,7 +18,7 @@ from zoo import decoders
 
 from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.state import State, norm, task_vector
-from benchmark.io import adapter_folders, folders
+from benchmark.io import adapter_folders, adapter_updates, folders
 
 # peft asks transformers by a name that transformers 5 is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -102,10 +102,10 @@ def test_what_is_written_peft_reads(name: str, tmp_path: Path) -> None:
     adapter(base, tmp_path / "lora", target_modules=TARGETS[name], **fused)
     origin = folders.load(base)
     given = adapter_folders.load(tmp_path / "lora", origin)
-    update = adapter_folders.factored(given.state, origin)
+    update = adapter_updates.factored(given.state, origin)
     assert update.rank == 3
     assert update.error < 1e-5
-    adapter_folders.save(update, origin, tmp_path / "out", like=given)
+    adapter_updates.save(update, origin, tmp_path / "out", like=given)
     again = PeftModel.from_pretrained(copy.deepcopy(origin.model), str(tmp_path / "out"))
     merged: Any = again.merge_and_unload()
     weights = merged.state_dict()
@@ -123,9 +123,9 @@ def test_a_whole_module_goes_along(bert: Path, tmp_path: Path) -> None:
     given = adapter_folders.load(tmp_path / "lora", origin)
     assert given.whole == ("classifier",)
     with pytest.raises(UsageError, match=r"classifier.*which a LoRA adapter cannot hold"):
-        adapter_folders.factored({**origin.state, "classifier.bias": torch.ones(2)}, origin)
-    update = adapter_folders.factored(given.state, origin, whole=given.whole)
-    adapter_folders.save(update, origin, tmp_path / "out", like=given)
+        adapter_updates.factored({**origin.state, "classifier.bias": torch.ones(2)}, origin)
+    update = adapter_updates.factored(given.state, origin, whole=given.whole)
+    adapter_updates.save(update, origin, tmp_path / "out", like=given)
     again = adapter_folders.load(tmp_path / "out", origin)
     for key, value in given.state.items():
         torch.testing.assert_close(again.state[key], value)
@@ -135,8 +135,8 @@ def test_a_cut_rank_says_what_it_loses(bert: Path, tmp_path: Path) -> None:
     adapter(bert, tmp_path / "lora")
     origin = folders.load(bert)
     state = adapter_folders.load(tmp_path / "lora", origin).state
-    update = adapter_folders.factored(state, origin, rank=1)
-    adapter_folders.save(update, origin, tmp_path / "out")
+    update = adapter_updates.factored(state, origin, rank=1)
+    adapter_updates.save(update, origin, tmp_path / "out")
     cut = adapter_folders.load(tmp_path / "out", origin).state
     lost = norm(task_vector(state, cut)) / norm(task_vector(state, origin.state))
     assert 0.1 < lost < 1
@@ -149,7 +149,7 @@ def test_an_adapter_of_a_half_precision_base_keeps_its_precision(tmp_path: Path)
     adapter(tmp_path / "base", tmp_path / "lora")
     origin = adapter_folders.lifted(folders.load(tmp_path / "base"))
     state = adapter_folders.load(tmp_path / "lora", origin).state
-    assert adapter_folders.factored(state, origin).rank == 3
+    assert adapter_updates.factored(state, origin).rank == 3
 
 
 def _set(**fields: object) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.state import State, compatible
-from benchmark.io import adapter_folders, folders
+from benchmark.io import adapter_folders, adapter_updates, folders
 from benchmark.io.adapter_folders import Adapter, is_adapter, lifted
 from benchmark.io.fitting import check_fits
 from benchmark.io.folders import Checkpoint, in_dtypes_of
@@ -171,7 +171,7 @@ def write(
     if adapter or automatic:
         whole = tuple(dict.fromkeys(name for found in given for name in found.whole))
         try:
-            update = adapter_folders.factored(state, members.origin, rank, whole)
+            update = adapter_updates.factored(state, members.origin, rank, whole)
         except UsageError as error:
             if adapter or rank is not None:
                 raise
@@ -179,7 +179,7 @@ def write(
         else:
             if adapter or rank is not None or update.saves:
                 first = given[0] if given else None
-                adapter_folders.save(
+                adapter_updates.save(
                     update, members.stored, out, like=first, force=force, sources=sources
                 )
                 left = first.left_behind() if first else []

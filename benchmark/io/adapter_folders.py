@@ -1,11 +1,10 @@
-"""LoRA adapters as folders in ``peft``'s format: read on their base, written as factors of τ.
+"""LoRA adapters as folders in ``peft``'s format, read on their base.
 
     W = W0 + (alpha / r) · B·A        (/ √r with rslora)
 
 Reading leaves the format (patterns, scaling, transposed weights, whole modules) to ``peft``: an
-adapter becomes the State of its base with the update merged in. Writing factors the update of each
-weight matrix, by default at the rank that loses nothing but float32's rounding. Whatever an adapter
-cannot hold is refused: nothing is lost silently.
+adapter becomes the State of its base with the update merged in, which is compared with what peft
+itself runs. They are written by :mod:`benchmark.io.adapter_updates`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,14 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmark.core.errors import CheckpointError, UsageError, brief
-from benchmark.core.lowrank import Factors, rounding, thin_svd
-from benchmark.core.state import State, compatible, finite, norm, task_vector
+from benchmark.core.state import State, compatible, finite
 from benchmark.io import folders, tensorfiles
 from benchmark.io.folders import Checkpoint
 from benchmark.io.inputs import outputs, valid_inputs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 #: Tasks whose head comes with an adapter → what loads a model with such a head.
 _HEADED = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -69,29 +67,6 @@ class Adapter:
         """Files beside the adapter, which do not go along."""
         found = (file for file in self.path.rglob("*") if file.is_file())
         return sorted(f.relative_to(self.path) for f in found if f.name not in (CONFIG, WEIGHTS))
-
-
-@dataclass(frozen=True)
-class Update:
-    """A task vector as an adapter. ``factors``: module → U, S, Vᵀ of its (out, in) update;
-    ``whole``: module → its own tensors. ``error``: ‖τ − B·A‖ / ‖τ‖ over all tensors.
-    """
-
-    factors: dict[str, Factors]
-    whole: dict[str, State]
-    transposed: bool
-    error: float
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of any module; all are written at it."""
-        return max((len(s) for _, s, _ in self.factors.values()), default=0)
-
-    @property
-    def saves(self) -> bool:
-        """Whether the factors are smaller than the matrices."""
-        pairs = [(len(u), v.shape[1]) for u, _, v in self.factors.values()]
-        return self.rank * sum(n + m for n, m in pairs) < sum(n * m for n, m in pairs)
 
 
 def is_adapter(path: Path) -> bool:
@@ -183,7 +158,7 @@ def head_of(path: Path, base: Checkpoint) -> Checkpoint:
 def _whole(tensors: State) -> State:
     """What is no factor: the modules that are held whole, under the names of the base."""
     return {
-        key.removeprefix(_PREFIX): value for key, value in tensors.items() if ".lora_" not in key
+        key.removeprefix(PREFIX): value for key, value in tensors.items() if ".lora_" not in key
     }
 
 
@@ -265,7 +240,7 @@ def _in_memory_names(
 
     renamed = {}
     for key in tensors:
-        module, found, _ = key.removeprefix(_PREFIX).partition(".lora_")
+        module, found, _ = key.removeprefix(PREFIX).partition(".lora_")
         inside = base.names.get(f"{module}.weight", "").removesuffix(".weight")
         if found and module not in modules and inside in modules:
             renamed[module] = inside
@@ -280,8 +255,8 @@ def _in_memory_names(
         setattr(fresh, name, {renamed[m]: value for m, value in values.items()})
     moved = {}
     for key, value in tensors.items():
-        module, found, rest = key.removeprefix(_PREFIX).partition(".lora_")
-        moved[f"{_PREFIX}{renamed.get(module, module)}{found}{rest}"] = value
+        module, found, rest = key.removeprefix(PREFIX).partition(".lora_")
+        moved[f"{PREFIX}{renamed.get(module, module)}{found}{rest}"] = value
     with tempfile.TemporaryDirectory() as folder:
         fresh.save_pretrained(folder)
         tensorfiles.save(Path(folder) / WEIGHTS, moved, {"format": "pt"})
@@ -290,7 +265,7 @@ def _in_memory_names(
 
 def _targets(tensors: State) -> set[str]:
     """The modules that have factors."""
-    split = (key.removeprefix(_PREFIX).partition(".lora_") for key in tensors)
+    split = (key.removeprefix(PREFIX).partition(".lora_") for key in tensors)
     return {module for module, found, _ in split if found}
 
 
@@ -336,7 +311,7 @@ def _of_the_base(path: Path, names: Iterable[str], tensors: State, base: Checkpo
     """How many tensors are the base's own, which peft adds where an embedding is trained."""
     count = 0
     for name in names:
-        key = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        key = name.removeprefix(PREFIX).replace(".base_layer.", ".")
         known = base.state.get(key, base.model.state_dict().get(key))
         if known is not None and known.shape == tensors[name].shape:
             if not torch.equal(known.float(), tensors[name].float()):
@@ -353,99 +328,3 @@ def _tied(model: nn.Module) -> set[str]:
     for name, value in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(value), []).append(name)
     return {name for group in names.values() if len(group) > 1 for name in group}
-
-
-def factored(
-    state: State, base: Checkpoint, rank: int | None = None, whole: Sequence[str] = ()
-) -> Update:
-    """``state`` as an update of ``base``, of at most ``rank`` where given.
-
-    ``whole``: modules that are stored whole instead of as factors.
-
-    Raises:
-        UsageError: something moved that no adapter can hold.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    compatible(state, base.state, "the model to be written")
-    modules = dict(base.model.named_modules())
-    tau = task_vector(state, base.state)
-    factors: dict[str, Factors] = {}
-    kept: dict[str, State] = {}
-    transposed: set[bool] = set()
-    lost = 0.0
-    for key, delta in tau.items():
-        name, _, kind = key.rpartition(".")
-        module = modules[name]
-        owner = next((w for w in whole if name == w or name.startswith(f"{w}.")), None)
-        if owner is not None:
-            prefix = f"{owner}."
-            kept[owner] = {k: v for k, v in state.items() if k.startswith(prefix)}
-            continue
-        if kind != "weight" or not isinstance(module, (nn.Linear, Conv1D)):
-            raise UsageError(
-                f"the result also changes {key}, which a LoRA adapter cannot hold; "
-                "add --no-adapter to write the whole model"
-            )
-        conv = isinstance(module, Conv1D)
-        floor = rounding(state[key], base.state[key])
-        matrix = delta.T if conv else delta  # Conv1D holds (in, out)
-        u, s, v = thin_svd(matrix, floor)
-        u, s, v = u[:, :rank], s[:rank], v[:rank]
-        lost += float((matrix.double() - (u * s) @ v).square().sum())
-        if len(s):
-            factors[name] = u, s, v
-            transposed.add(conv)
-    if len(transposed) > 1:
-        raise UsageError(
-            "the result changes Linear and Conv1D weights, which one LoRA adapter cannot hold; "
-            "add --no-adapter to write the whole model"
-        )
-    if not factors:
-        raise UsageError(
-            "the result does not differ from the base in any weight an adapter can hold; "
-            "add --no-adapter to write the whole model"
-        )
-    return Update(factors, kept, transposed == {True}, lost**0.5 / norm(tau))
-
-
-def save(
-    update: Update,
-    base: Checkpoint,
-    out: Path,
-    *,
-    like: Adapter | None = None,
-    force: bool = False,
-    sources: Sequence[Path] = (),
-) -> None:
-    """Write ``update`` as a PEFT folder: float32, alpha = r, one rank for all modules.
-
-    The base's name and the task are those of ``like``. The folder appears whole or not at all.
-    """
-    from peft import LoraConfig
-
-    rank = update.rank
-    named = like.config if like else None
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=sorted(update.factors),
-        modules_to_save=sorted(update.whole) or None,
-        fan_in_fan_out=update.transposed,
-        task_type=named.task_type if named else None,
-        base_model_name_or_path=named.base_model_name_or_path if named else str(base.path.name),
-        inference_mode=True,
-    )
-    tensors = {}
-    for name, (u, s, v) in update.factors.items():
-        a, b = s.sqrt()[:, None] * v, u * s.sqrt()
-        empty = rank - len(s)
-        pair = {"A": nn.functional.pad(a, (0, 0, 0, empty)), "B": nn.functional.pad(b, (0, empty))}
-        for letter, value in pair.items():
-            key = f"base_model.model.{name}.lora_{letter}.weight"
-            tensors[key] = value.float().cpu().contiguous()
-    for held in update.whole.values():
-        tensors.update({f"base_model.model.{k}": v.cpu().contiguous() for k, v in held.items()})
-    with folders.replacing(out, [base.path, *sources], force) as temporary:
-        config.save_pretrained(str(temporary))
-        tensorfiles.save(temporary / WEIGHTS, tensors, {"format": "pt"})
