@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,6 +154,14 @@ def test_finds_every_block_of_every_stage(name: str) -> None:
     # SwinV2 makes the biases of its windows by an MLP in each layer.
     assert len(anatomy.mlp) == (4 if name == "swinv2" else 2)
     assert anatomy.uncovered == ()
+
+
+def test_the_docs_name_every_row() -> None:
+    from benchmark.anatomy.families import FAMILIES
+
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    assert [family.name for family in FAMILIES if family.name not in text] == []
+    assert [name for name in (*zoo.NAMES, *zoo.CONVOLUTIONAL) if f"| {name} |" not in text] == []
 
 
 def test_layers_come_in_numerical_order() -> None:
