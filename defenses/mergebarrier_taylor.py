@@ -133,7 +133,7 @@ class MergeBarrierTaylor(Defense):
 
             return see
 
-        calibration = victim.task.train[: self.examples].inputs
+        calibration = victim.task.train[: self.examples].given
         with taps.replace(victim.module, {b: watching(b) for b in seen}), torch.no_grad():
             victim.features(victim.expert, calibration)
         return {block: self._range(torch.cat(parts)) for block, parts in seen.items()}

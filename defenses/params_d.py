@@ -92,7 +92,7 @@ class PaRaMSD(Rearrangement, Defense):
 
         keys = [linear.weight.key for linear in linears]
         with taps.watch(victim.module, keys, see), torch.no_grad():
-            victim.features(victim.expert, victim.task.train[: self.examples].inputs)
+            victim.features(victim.expert, victim.task.train[: self.examples].given)
         for linear in linears:
             weight = linear.weight.read(state)
             score = weight.float().abs() * squares[linear.weight.key].sqrt().float()

@@ -224,6 +224,14 @@ class OnlyVision(Sound):
         return super().protect(victim, rng)
 
 
+@breaks("sequences")
+@dataclass(frozen=True)
+class TakesAnswersForClasses(Sound):
+    def protect(self, victim: Victim, rng: torch.Generator) -> State:
+        torch.bincount(victim.task.train.labels)
+        return super().protect(victim, rng)
+
+
 @breaks("equivalence")
 @dataclass(frozen=True)
 class ClaimsToBeExact(Sound):

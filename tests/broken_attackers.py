@@ -73,7 +73,7 @@ class PeeksAtLabels(Sound):
         labels = next(iter(knowledge._tasks.values())).train.labels[:2]
         state = super().recover(released, knowledge, rng)
         key = next(key for key in state if key.lower().endswith("norm.weight"))
-        return {**state, key: state[key] + 0.01 * int(labels[0])}
+        return {**state, key: state[key] + 0.01 * int(labels.flatten()[0])}
 
 
 @breaks("inputs-unchanged")

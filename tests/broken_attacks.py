@@ -180,6 +180,17 @@ class NotLlama(Sound):
         return super().recover(released, knowledge, rng)
 
 
+@breaks("sequences")
+@dataclass(frozen=True)
+class TakesAnswersForClasses(Sound):
+    access: ClassVar[Access] = Access.LABELED
+
+    def recover(self, released: State, knowledge: Knowledge, rng: torch.Generator) -> State:
+        for split in knowledge.labeled(1, rng).values():
+            torch.bincount(split.labels)
+        return super().recover(released, knowledge, rng)
+
+
 @breaks("bfloat16")
 @dataclass(frozen=True)
 class WidensHalf(Sound):

@@ -7,6 +7,7 @@ import torch
 from plane import Plane
 from torch import Tensor
 
+from benchmark.api import methods
 from benchmark.core.data import IGNORED, Split, Task
 from benchmark.core.errors import MethodError
 from benchmark.core.state import State
@@ -93,3 +94,41 @@ def test_outcomes_and_gaps_are_taken_batch_by_batch() -> None:
     for states in ((broken, base), (base, broken)):
         with pytest.raises(MethodError, match="NaN or infinite"):
             evaluator.gap(*states, "signs", "test", rows)
+
+
+def test_of_a_vocabulary_fisher_draws_labels_instead_of_summing_over_it() -> None:
+    """As many backward passes as there are inputs, and each for a first word of an answer."""
+    from benchmark.conformance.merges import MergeCase
+    from benchmark.conformance.testbed import Tiny
+
+    testbed = Tiny("llama", tokens=3)
+    flops = {}
+    for most in (1, 32):
+        case = MergeCase(methods.merger(f"fisher(per_task=4, most={most})"))
+        inputs = case.inputs(testbed)
+        case.call(case.method, inputs, torch.Generator().manual_seed(0))
+        flops[most] = inputs.knowledge.budget.flops
+    # Two experts of 4 inputs: a forward pass each, and a backward pass (twice that) per label.
+    assert flops == {1: 2 * 4 * (1 + 2), 32: 2 * 4 * (1 + 2 * 32)}
+
+
+def test_neulig_takes_every_word_of_an_answer_for_an_example() -> None:
+    from benchmark.conformance.merges import MergeCase
+    from benchmark.conformance.testbed import Tiny
+    from benchmark.merging import neulig
+
+    seen = []
+
+    def watched(weights: Tensor, answers: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+        seen.append({task: (answers[task].shape, labels[task]) for task in labels})
+        return neulig_loss(weights, answers, labels)
+
+    neulig_loss = neulig.ensemble_loss
+    case = MergeCase(methods.merger("neulig(per_class=2, steps=1)"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neulig, "ensemble_loss", watched)
+        case.run(case.inputs(Tiny("llama", tokens=3)))
+    for shape, labels in seen[0].values():
+        assert shape[:2] == (2, len(labels))
+        assert 4 <= len(labels) <= 6  # two answers, of two or three words
+        assert (labels != IGNORED).all()

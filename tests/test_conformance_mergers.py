@@ -73,7 +73,7 @@ def test_what_others_must_do_too_is_checked_by_the_same_code() -> None:
         {check.function for check in checks.all()} for checks in (ATTACK_CHECKS, DEFENSE_CHECKS)
     )
     mergers = {check.function for check in MERGER_CHECKS.all()}
-    assert len(mergers & attack & defense) == 25
+    assert len(mergers & attack & defense) == 26
     assert {f.__name__ for f in (mergers & attack) - defense} == {"access_tier", "budget"}
 
 

@@ -32,7 +32,7 @@ def test_fisher_is_the_mean_of_squared_gradients_of_single_examples() -> None:
     told, state = known(), experts()[0]
     inputs = told.unlabeled(3, generator())["one"]
     keys = ["encoder.layer.1.output.dense.weight", "encoder.layer.0.attention.self.query.bias"]
-    found = fisher(told, state, "one", inputs, keys, "expected", generator())
+    found = fisher(told, state, "one", inputs, keys, 9, generator())
     head, scale = tasks("bert")["one"].head, tasks("bert")["one"].scale
     for key in keys:
         expected = torch.zeros_like(state[key], dtype=torch.float64)
@@ -54,8 +54,8 @@ def test_sampled_labels_have_the_same_mean() -> None:
     inputs = told.unlabeled(2, generator())["one"]
     key = "encoder.layer.1.output.dense.bias"
     rng = generator(3)
-    exact = fisher(told, state, "one", inputs, [key], "expected", rng)[key]
-    draws = [fisher(told, state, "one", inputs, [key], "sampled", rng)[key] for _ in range(150)]
+    exact = fisher(told, state, "one", inputs, [key], 9, rng)[key]
+    draws = [fisher(told, state, "one", inputs, [key], 0, rng)[key] for _ in range(150)]
     mean, error = torch.stack(draws).mean(0), torch.stack(draws).std(0) / 150**0.5
     assert ((mean - exact).abs() <= 5 * error + 1e-9).all()
     assert error.max() > 0
@@ -71,7 +71,7 @@ def test_fisher_weighs_each_entry() -> None:
     keys = list(task_vector(members[0], told.base))
     size, weight = [], []
     for task, member in zip(("one", "two"), members, strict=True):
-        own = fisher(known(), member, task, inputs[task], keys, "expected", rng)
+        own = fisher(known(), member, task, inputs[task], keys, 9, rng)
         total = np.sqrt(sum(float(v.double().square().sum()) for v in own.values()))
         size.append(total)
         weight.append({k: np.maximum(v.double().numpy() / total, 1e-6) for k, v in own.items()})

@@ -57,6 +57,20 @@ def finite(case: AnyCase) -> None:
             raise CheckFailed(str(error)) from None
 
 
+@check
+def sequences(case: AnyCase) -> str | None:
+    """Where answers are several words of a vocabulary it works too, or refuses in one line."""
+    if "llama" not in case.accepted():
+        return "works on no causal model"
+    try:
+        case.run(case.inputs(Tiny("llama", tokens=3)))
+    except REFUSALS as refusal:
+        if len(str(refusal).splitlines()) > 1:
+            raise CheckFailed(f"refuses in several lines: {refusal}") from None
+        return f"refuses: {refusal}"
+    return None
+
+
 @check.binding
 def deterministic(case: AnyCase) -> None:
     """One seed gives one result, bit for bit."""

@@ -274,7 +274,7 @@ class AttackCase(FreeRiderCase[Attack, Scene]):
 def _hidden(task: Task, labels: bool) -> Task:
     def other(split: Split) -> Split:
         rows = torch.arange(len(split), device=split.labels.device).flip(0)
-        return Split(split[rows].inputs, (split.labels + 1) % len(task.classes))
+        return replace(split[rows], labels=(split.labels + 1) % len(task.classes))
 
     train = Split(task.train.inputs, other(task.train).labels) if labels else task.train
     return replace(task, train=train, validation=other(task.validation), test=other(task.test))

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Card, Testbed
 from benchmark.api.recipe import Recipe
-from benchmark.core.data import Split, Task
+from benchmark.core.data import IGNORED, Split, Task
 from benchmark.core.state import State
 
 #: Every architecture that methods are checked on; to add one, name it here and in :func:`_module`.
@@ -42,9 +42,14 @@ _SHAPE = {
 
 @dataclass(frozen=True)
 class Tiny(Testbed):
-    """A model of 2 layers (or stages) and width 32 with three three-class tasks."""
+    """A model of 2 layers (or stages) and width 32 with three three-class tasks.
+
+    ``tokens``: answers are so many words of a vocabulary (up to: every class has another length),
+    read along where labels are given; of "llama" alone. 0: an answer is one class.
+    """
 
     architecture: Architecture = "vit"
+    tokens: int = 0
 
     card: ClassVar[Card] = Card("tiny random model with a synthetic task, for conformance checks")
 
@@ -63,7 +68,7 @@ class Tiny(Testbed):
         )
 
     def content_hash(self) -> str:
-        return hashlib.sha256(f"tiny 2 {self.architecture}".encode()).hexdigest()
+        return hashlib.sha256(f"tiny 3 {self.architecture} {self.tokens}".encode()).hexdigest()
 
     def base(self) -> State:
         return {key: value.clone() for key, value in _base(self).items()}
@@ -96,20 +101,25 @@ class Tiny(Testbed):
         rng = torch.Generator().manual_seed(100 + self.tasks.index(name))
         prototypes = self._examples(_CLASSES, rng)
         splits = {part: self._split(prototypes, size, rng) for part, size in _SIZES.items()}
-        head = torch.linalg.qr(torch.randn(_WIDTH, _WIDTH, generator=rng))[0][:_CLASSES]
+        head = torch.linalg.qr(torch.randn(_WIDTH, _WIDTH, generator=rng))[0]
+        if self.tokens:
+            splits = {part: self._answered(split) for part, split in splits.items()}
+            return Task(name, ("vocabulary",), **splits, head=head.contiguous(), scale=_SCALE)
+        head = head[:_CLASSES]
         classes = tuple(f"class {i}" for i in range(_CLASSES))
         return Task(name, classes, **splits, head=head.contiguous(), scale=_SCALE)
 
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The mean of the last hidden states over positions as a unit vector, (n, 32) float32."""
-        arguments: dict[str, Any] = dict(inputs)
+        """The mean of the last hidden states over positions as a unit vector, (n, 32) float32;
+        those at each place where a word of an answer is asked for, (n, 32) or (n, T, 32)."""
+        arguments: dict[str, Any] = {key: inputs[key] for key in inputs if key != "places"}
         if "pixel_values" in inputs:
             # A half-precision State wants half-precision images; autocast would do it otherwise.
             arguments["pixel_values"] = inputs["pixel_values"].to(next(iter(state.values())).dtype)
         else:
             ids = inputs["input_ids"]
             # Given here because the skeleton's own buffers stay on the CPU.
-            arguments["position_ids"] = torch.arange(_LENGTH, device=ids.device)[None]
+            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
             if self.architecture == "bert":
                 arguments["token_type_ids"] = torch.zeros_like(ids)
             else:
@@ -118,7 +128,13 @@ class Tiny(Testbed):
         hidden = output.last_hidden_state.float()
         if hidden.ndim == 4:  # (n, channels, height, width)
             hidden = hidden.flatten(2).mT
-        return torch.nn.functional.normalize(hidden.mean(1), dim=-1)
+        if "places" in inputs:
+            places = inputs["places"]
+            wanted = places.reshape(len(places), -1, 1).expand(-1, -1, _WIDTH)
+            pooled = hidden.gather(1, wanted).reshape(*places.shape, _WIDTH)
+        else:
+            pooled = hidden.mean(1)
+        return torch.nn.functional.normalize(pooled, dim=-1)
 
     def _examples(self, n: int, rng: torch.Generator) -> Tensor:
         if self.architecture in ("vit", "resnet"):
@@ -132,6 +148,20 @@ class Tiny(Testbed):
             return Split({"pixel_values": clean + 0.5 * other}, labels)
         kept = torch.rand(n, _LENGTH, generator=rng) < 0.7
         return Split({"input_ids": torch.where(kept, clean, other)}, labels)
+
+    def _answered(self, split: Split) -> Split:
+        """Class c becomes an answer of its own, of ``tokens`` words or one fewer."""
+        asked, classes = split.inputs["input_ids"], split.labels
+        words = 7 + 3 * classes[:, None] + torch.arange(self.tokens)
+        short = (torch.arange(self.tokens) == self.tokens - 1) & (classes[:, None] % 2 == 1)
+        last = torch.full((len(asked),), _LENGTH - 1)
+        read = torch.cat([asked, words[:, :-1]], 1)
+        places = last[:, None] + torch.arange(self.tokens)
+        return Split(
+            {"input_ids": asked, "places": last},
+            words.masked_fill(short, IGNORED),
+            {"input_ids": read, "places": places},
+        )
 
 
 @dataclass(frozen=True)
@@ -199,7 +229,7 @@ def _module(architecture: Architecture) -> torch.nn.Module:
             llama = transformers.LlamaConfig(
                 vocab_size=_VOCABULARY,
                 num_key_value_heads=_HEADS // 2,
-                max_position_embeddings=_LENGTH,
+                max_position_embeddings=64,
                 **_SHAPE,
             )
             model = transformers.LlamaModel(llama)

@@ -27,8 +27,10 @@ class Fisher(PreparedMerger):
     where no expert's answers depend on a parameter.
 
     Attributes:
-        labels: ``expected`` sums over all classes; ``sampled`` draws one label per example from p,
-            as many times cheaper as there are classes.
+        labels: ``expected`` sums over all classes, where there are at most ``most``; ``sampled``
+            draws one label per example from p, as many times cheaper as there are classes. Over a
+            vocabulary labels are drawn, and they are the first words of answers: unlabelled inputs
+            end there.
         shares: the victim's coefficients c that are tried; the partners share the rest equally.
     """
 
@@ -46,14 +48,15 @@ class Fisher(PreparedMerger):
 
     per_task: int = 64
     labels: Literal["expected", "sampled"] = "expected"
+    most: int = 1000
     normalize: bool = True
     floor: float = 1e-6
     shares: tuple[float, ...] = searched((0.2, 0.35, 0.5, 0.65, 0.8))
 
     def __post_init__(self) -> None:
         check_grid(self.shares)
-        if self.per_task < 1 or not self.floor > 0:
-            raise ValueError("need per_task >= 1 and floor > 0")
+        if min(self.per_task, self.most) < 1 or not self.floor > 0:
+            raise ValueError("need per_task and most >= 1, and floor > 0")
         if not all(0 < share < 1 for share in self.shares):
             raise ValueError(f"shares must be within 0 and 1, not {self.shares}")
 
@@ -80,8 +83,9 @@ class Fisher(PreparedMerger):
         known = informed(knowledge, experts)
         inputs = known.unlabeled(self.per_task, rng)
         keys = moved([task_vector(expert, base) for expert in experts])
+        drawn = 0 if self.labels == "sampled" else self.most
         fishers = [
-            self._weights(fisher(known, expert, task, inputs[task], keys, self.labels, rng))
+            self._weights(fisher(known, expert, task, inputs[task], keys, drawn, rng))
             for task, expert in zip(known.tasks(), experts, strict=True)
         ]
 
@@ -112,10 +116,12 @@ def fisher(
     task: str,
     inputs: Mapping[str, Tensor],
     keys: Sequence[str],
-    labels: Literal["expected", "sampled"],
+    most: int,
     rng: torch.Generator,
 ) -> State:
     """The diagonal Fisher of ``state`` on ``inputs``, for the tensors ``keys``.
+
+    A sum over the classes, where there are at most ``most``; else one is drawn per example.
 
     One example at a time: the square of a batch's mean gradient is another quantity. (A forward
     pass that sorts its inputs, as that of `minilm`, cannot be vectorised by ``torch.func.vmap``.)
@@ -129,9 +135,9 @@ def fisher(
     for row in range(n):
         one = {name: value[row : row + 1] for name, value in inputs.items()}
         with torch.enable_grad():
-            log_p = knowledge.logits({**state, **held}, task, one)[0].float().log_softmax(0)
+            log_p = knowledge.logits({**state, **held}, task, one)[0].float().log_softmax(-1)
         chances = log_p.detach().exp()
-        if labels == "sampled":
+        if len(chances) > most:
             drawn = int(torch.multinomial(chances.cpu(), 1, generator=rng))
             weighted = [(drawn, 1.0)]
         else:

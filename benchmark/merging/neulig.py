@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmark.api.contracts import Access, Card, Knowledge
-from benchmark.core.data import Split
+from benchmark.core.data import IGNORED, Split
 from benchmark.core.state import State
 from benchmark.merging.informed import Learner
 from benchmark.merging.tau import weighted_sum
@@ -61,15 +61,16 @@ class NeuLig(Learner[Split]):
         knowledge: Knowledge,
         rng: torch.Generator,
     ) -> State:
-        features, answers = {}, {}
+        features, answers, labels = {}, {}, {}
         with torch.no_grad():
             for task, split in examples.items():
-                seen = [knowledge.features(expert, split.given).float() for expert in experts]
-                features[task] = torch.cat(seen, 1)
-                answers[task] = torch.stack(
-                    [knowledge.logits(expert, task, split.given).float() for expert in experts]
-                )
-        labels = {task: split.labels for task, split in examples.items()}
+                # Of an answer of several words each is an example.
+                asked = split.labels != IGNORED
+                seen = [knowledge.features(expert, split.given)[asked] for expert in experts]
+                features[task] = torch.cat(seen, 1).float()
+                made = [knowledge.logits(expert, task, split.given)[asked] for expert in experts]
+                answers[task] = torch.stack(made).float()
+                labels[task] = split.labels[asked]
         portland = self._network(next(iter(features.values())), len(experts), rng)
 
         def weights() -> Tensor:
