@@ -230,6 +230,11 @@ def test_a_release_is_of_its_victim_seed_and_defense() -> None:
     assert len(made) == 16
 
 
+def test_what_is_stored_is_of_its_dtype() -> None:
+    keys = {identity.stored("made", dtype) for dtype in ("bfloat16", "float16")}
+    assert len(keys | {"made", identity.stored("other", "bfloat16")}) == 4
+
+
 def test_what_an_attack_recovered_is_of_all_it_saw() -> None:
     """A control was shared by victims: the attack on the base trains on the victim's data."""
     attack = methods.attack("finetune-recovery")

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmark.api.contracts import Access, Attack, Card, Defense, Knowledge, Members, Victim
 from benchmark.api.methods import Named, attack, defense, merger
 from benchmark.core.errors import Tampered
-from benchmark.core.state import ForeignState, State
+from benchmark.core.state import ForeignState, State, digest, rounded
 from benchmark.pipeline.candidates import Candidate
 from benchmark.pipeline.cells import CellMaker
 from benchmark.pipeline.measure import Measure
@@ -310,3 +310,51 @@ def test_tampering_is_no_candidates_failure() -> None:
             stop_if_serious(serious)
     for harmless in (KeyError("x"), OSError(2, "no such file"), MemoryError()):
         stop_if_serious(harmless)
+
+
+@dataclass(frozen=True)
+class InHalf(Plane):
+    """A testbed whose releases are stored in bfloat16."""
+
+    stored = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Shifted(Defense):
+    """Adds a number to every weight that its own forward takes away: float32 has room for both."""
+
+    card: ClassVar[Card] = Card("a large number added and taken away again")
+
+    def protect(self, victim: Victim, rng: torch.Generator) -> State:
+        return {**victim.expert, "weight": victim.expert["weight"] + 8192}
+
+    def shipped(self, victim: Victim, released: State, rng: torch.Generator) -> State:
+        def forward(state: State, inputs: Mapping[str, Tensor]) -> Tensor:
+            return victim.features({**state, "weight": state["weight"] - 8192}, inputs)
+
+        return ForeignState(released, forward)
+
+
+def test_a_release_is_judged_as_it_is_stored(tmp_path: Path) -> None:
+    """Rounded to bfloat16, whoever reads it; exactness is measured before, in float32."""
+    halved = Workbench(Named("plane", InHalf()), CPU, Store(tmp_path))
+    cell = CellMaker(halved, SUITE).compute("key", at())
+    expert = halved.expert("signs")
+    assert cell.sha256.expert == expert.sha256
+    assert cell.sha256.released == digest(rounded(expert.state())) != expert.sha256
+    assert cell.logit_gap == 0
+    assert cell.bf16_gap == cell.bf16_gap_expert > 0
+    assert cell.recovered_gap == 0
+    kept = bench(tmp_path / "whole")
+    assert CellMaker(kept, SUITE).compute("key", at()).sha256.released == expert.sha256
+
+
+def test_what_storing_costs_counts_as_utility(tmp_path: Path) -> None:
+    for stored, fails in (("float32", False), ("bfloat16", True)):
+        testbed = InHalf() if stored == "bfloat16" else Plane()
+        found = Workbench(Named("plane", testbed), CPU, Store(tmp_path / stored))
+        cell = CellMaker(found, SUITE).compute("key", at(Shifted()))
+        assert cell.logit_gap is not None
+        assert cell.logit_gap < 1e-2, "in float32 it is near"
+        assert ("utility-gate" in cell.flags) == fails
+        assert "half-precision-loss" in cell.flags

@@ -297,6 +297,10 @@ class Arena(Protocol):
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor: ...
 
 
+#: What a release may be stored in.
+Dtype = Literal["float32", "bfloat16"]
+
+
 class Testbed(ABC):
     """A base model with tasks and the recipe that makes experts. A frozen dataclass.
 
@@ -325,6 +329,11 @@ class Testbed(ABC):
     @abstractmethod
     def recipe(self) -> Recipe:
         """How an expert is trained."""
+
+    @property
+    def stored(self) -> Dtype:
+        """What releases are stored in. They are judged as rounded to it."""
+        return "float32"
 
     @abstractmethod
     def content_hash(self) -> str:

@@ -101,10 +101,10 @@ class CellMaker:
         expert = bench.expert(at.group.victim)
         released = bench.released(at.defense, at.group.victim, at.seed)
         shipped = bench.shipped(at.defense, at.group.victim, at.seed)
-        facts = released.facts
-        cell.notes = dict(facts["notes"])
+        made = bench.made(at.defense, at.group.victim, at.seed)
+        cell.notes = dict(made.facts["notes"])
         cell.sha256 = Hashes(
-            base=bench.base.sha256, expert=expert.sha256, released=facts["released"]
+            base=bench.base.sha256, expert=expert.sha256, released=released.facts["released"]
         )
         cell.qk_gauge = bench.anatomy.qk_gauge
         solved = self.attackers.solve(at)
@@ -114,7 +114,7 @@ class CellMaker:
         cell.notes.update(recovered.facts["notes"])
         cell.seconds = Seconds(
             expert=expert.facts["seconds"],
-            protect=released.facts["seconds"],
+            protect=made.facts["seconds"],
             recover=recovered.facts["seconds"],
             merge=solved.outcome.seconds,
         )
@@ -162,9 +162,11 @@ class CellMaker:
         experts = self.rider.experts(at, "test")
         base = self.rider.test(Candidate.of("base", self.bench.base), at.tasks)
         cell.expert_accuracy, cell.zero_shot = accuracies(experts), accuracies(base)
-        cell.logit_gap = measure.gap(shipped, expert, victim, rows)
+        # Whether it is exact shows in float32, in whatever releases are stored.
+        unrounded = self.bench.unrounded(at.defense, victim, at.seed)
+        cell.logit_gap = measure.gap(unrounded, expert, victim, rows)
         cell.recovered_gap = measure.gap(recovered, shipped, victim, rows)
-        cell.bf16_gap = measure.in_bf16(shipped, victim)
+        cell.bf16_gap = measure.in_bf16(unrounded, victim)
         cell.bf16_gap_expert = measure.in_bf16(expert, victim)
         released = measure.of(shipped, victim, "test", rows)
         cell.utility = float(released.mean())

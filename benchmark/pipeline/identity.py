@@ -8,6 +8,7 @@
 | a testbed | its data and base, its source, versions of what runs it, device | how it is used |
 | expert | testbed, task | defense, seed |
 | released | testbed, victim, seed, defense | partners |
+| stored | what is released or shipped, the dtype it is stored in | |
 | shipped | released | |
 | recovered | released, victim, partners, seed, attack | merger |
 | control | base, victim, partners, seed, attack | defense |
@@ -112,6 +113,10 @@ def expert(bench: str, task: str) -> str:
 
 def released(bench: str, defense: Named[Any], victim: str, seed: int) -> str:
     return sha("released", bench, victim, seed, defense.spec, method(defense.method))
+
+
+def stored(made: str, dtype: str) -> str:
+    return sha("stored", made, dtype)
 
 
 def shipped(released: str) -> str:

@@ -28,7 +28,7 @@ from benchmark.api.contracts import (
 from benchmark.api.methods import Named
 from benchmark.api.recipe import Loss, Recipe
 from benchmark.core.data import Split
-from benchmark.core.state import State, compatible, digest, ordered, to_device
+from benchmark.core.state import State, compatible, digest, ordered, rounded, to_device
 from benchmark.evaluation.accuracy import Evaluator
 from benchmark.learn.training import fine_tune
 from benchmark.pipeline import apart, identity
@@ -104,7 +104,24 @@ class Workbench:
         return self._node(key, make, durable=True, inputs=[self.base])
 
     def released(self, defense: Named[Defense], victim: str, seed: int) -> Node:
-        """What the owner publishes; ``facts["notes"]`` is what the defense reported."""
+        """What the owner publishes: what the defense made, as the testbed's releases are stored."""
+        return self._stored(self.made(defense, victim, seed))
+
+    def shipped(self, defense: Named[Defense], victim: str, seed: int) -> Node:
+        """The release as its users run it: another model only where the defense changes modules."""
+        return self._stored(self.unrounded(defense, victim, seed))
+
+    def _stored(self, made: Node) -> Node:
+        if self.testbed.stored == "float32":
+            return made
+
+        def make(report: Report) -> Members:
+            return Members(self.evaluator.base, rounded(made.state()), ())
+
+        return self._node(identity.stored(made.key, self.testbed.stored), make, inputs=[made])
+
+    def made(self, defense: Named[Defense], victim: str, seed: int) -> Node:
+        """What the defense makes, in float32; ``facts["notes"]`` is what it reported."""
 
         def make(report: Report) -> Members:
             self.notify(f"{defense.spec} protects {victim}")
@@ -125,9 +142,9 @@ class Workbench:
         durable = defense.method.card.trains
         return self._node(key, make, durable=durable, inputs=[self.base, self.expert(victim)])
 
-    def shipped(self, defense: Named[Defense], victim: str, seed: int) -> Node:
-        """The release as its users run it: another model only where the defense changes modules."""
-        released = self.released(defense, victim, seed)
+    def unrounded(self, defense: Named[Defense], victim: str, seed: int) -> Node:
+        """What :meth:`shipped` stores, in float32."""
+        released = self.made(defense, victim, seed)
         if not defense.method.changes_modules:
             return released
 

