@@ -18,6 +18,7 @@ from torch import nn
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.state import State
+from benchmark.io import adapter_folders
 from benchmark.io.folders import Checkpoint, load
 from benchmark.io.loaders import CLIP_CONFIG
 from benchmark.testbeds.declared import bodies, words
@@ -107,16 +108,20 @@ def named_base(base: str, pretrained: str | None, root: Path, revision: str | No
     return place(pretrained, root, revision, f"pretrained (one of {', '.join(tags)}, or a folder)")
 
 
-def read(backbone: Backbone, place: Place) -> State:
+def read(backbone: Backbone, place: Place, base_place: Place | None = None) -> State:
     """Another checkpoint of the same architecture (a published fine-tune), float32 on the CPU.
 
-    A CLIP image tower saved without its projection gets the base's: fine-tunes leave it alone.
+    A CLIP image tower saved without its projection gets the base's: fine-tunes leave it alone. A
+    LoRA folder is read on the base, which is at ``base_place``.
 
     Raises:
         AssetError, CheckpointError: as :func:`open_backbone`; or it does not fit the base.
     """
     path = folder(place)
-    state = _parts(load(path)).state
+    if base_place is not None and adapter_folders.is_adapter(path):
+        state = _adapted(path, folder(base_place))
+    else:
+        state = _parts(load(path)).state
     base = backbone.weights()
     # A CLIPVisionModel's names lack the prefix that the model with a projection has.
     if _PROJECTION in base and not any(key.startswith("vision_model.") for key in state):
@@ -125,6 +130,18 @@ def read(backbone: Backbone, place: Place) -> State:
         state = {**state, _PROJECTION: base[_PROJECTION]}
     extra = state.keys() - base.keys()
     return backbone.fits({k: v for k, v in state.items() if k not in extra}, f"expert {path}")
+
+
+def _adapted(path: Path, base: Path) -> State:
+    """The base with an adapter merged in, as :func:`_parts` names it."""
+    whole = adapter_folders.lifted(load(base))
+    adapted = adapter_folders.load(path, whole).state
+    prefix = _parts(whole).prefix
+    return {
+        key.removeprefix(prefix): value.float() if value.is_floating_point() else value
+        for key, value in adapted.items()
+        if key.startswith(prefix)
+    }
 
 
 @functools.lru_cache(maxsize=4)
@@ -143,6 +160,12 @@ def _open(place: Place, wanted: Input, content: str) -> Backbone:
         "constants": constants,
     }
     config = parts.config
+    reads = "x" if checkpoint.kind == "open_clip" else parts.module.main_input_name
+    if wanted.asked and reads != "input_ids":
+        raise UsageError(
+            f"{path}: score is for language models, and this base reads no texts; declare image "
+            "and label"
+        )
     if checkpoint.kind == "open_clip":
         return _open_clip(path, wanted, common)
     if parts.projected:
@@ -153,7 +176,7 @@ def _open(place: Place, wanted: Input, content: str) -> Backbone:
             extra=_resized(parts.module, config, wanted.side),
             texts=functools.partial(words.clip_texts, path) if parts.has_text else None,
         )
-    if parts.module.main_input_name == "pixel_values":
+    if reads == "pixel_values":
         pooling = wanted.pooling
         if pooling == "last":
             raise UsageError('pooling = "last" is for texts; an image has no last token')
@@ -168,7 +191,7 @@ def _open(place: Place, wanted: Input, content: str) -> Backbone:
             pool=functools.partial(pooled_image, pooling=pooling),
             extra=_resized(parts.module, config, wanted.side),
         )
-    if parts.module.main_input_name == "input_ids":
+    if reads == "input_ids":
         if wanted.pooling != "pooler":
             _drop_pooler(parts, common)
         text = TextBackbone(

@@ -135,7 +135,7 @@ class Declared(Testbed):
     def published(self, task: str) -> State | None:
         """The published fine-tune that the file names for ``task``, if any."""
         found = self._expert(task)
-        return None if found is None else read(self.backbone, found)
+        return None if found is None else read(self.backbone, found, self._base)
 
     def task(self, name: str) -> Task:
         """Splits are disjoint in what the model sees; rows are in a random order.
