@@ -16,6 +16,7 @@ from languages import BOS, EOS, UNKNOWN
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.testbeds.declared import Declared, Input, open_backbone, place
 from benchmark.testbeds.declared.extraction import extracted
+from benchmark.testbeds.declared.prompts import Writer
 from benchmark.testbeds.declared.schema import TaskSpec
 
 ANSWERS = 'prompt = "q"\nanswer = "a"\nmax_new = 6\n'
@@ -229,6 +230,32 @@ def test_a_tokenizer_without_padding_pads_with_its_end(root: Path) -> None:
     assert testbed.task("t").head.shape == (2, 32)
 
 
+@pytest.mark.parametrize("crossing", [False, True])
+def test_an_answer_s_tokens_are_those_that_it_adds_to_its_prompt(crossing: bool) -> None:
+    """By a tokenizer that has the space before a word in its token, as most have."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    inner.train_from_iterator(["Is it? Answer: yes", "Answer: no way", "yes and no"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    spec = TaskSpec(name="t", data="d", score="exact", prompt="q")
+    writer = Writer(spec, tokenizer, 32, crossing)
+    texts = ["Is it? Answer:", "Is it? Answer: ", "Is it?\n"]
+    found = writer.continuations(texts, ["yes", "yes", "no way"])
+    gaps = ["", "", ""] if crossing else [" ", "", ""]
+    assert tokenizer.batch_decode(found) == [
+        gap + answer for gap, answer in zip(gaps, ["yes", "yes", "no way"], strict=True)
+    ]
+    whole = tokenizer("Is it? Answer: yes").input_ids
+    assert crossing or writer.prompts(texts[:1])[0] + found[0] == whole
+
+
 NUMBERS = [
     ("so 1,234 it is", "1234"),
     ("5 + 3 = 8\n#### 42", "42"),
@@ -270,6 +297,8 @@ MISTAKES = [
     ("llama", CHOICE, "score = \"choice\" without choices; set choices"),
     ("llama", CHOICE + 'choices = "q"', "column 'q' must hold lists of two or more texts"),
     ("llama", CHOICE.replace('"r"', '"a"') + 'choices = "c"', "answer 'no' is none of the choices"),
+    ("llama", EXACT.replace('"a"', '"c"'), "answer column 'c' holds more than texts and numbers"),
+    ("llama", EXACT.replace('"q"', '"r"'), "prompt column 'r' holds more than texts"),
     ("llama", EXACT + 'choices = "c"', 'choices goes with score = "choice"; leave it out'),
     ("llama", EXACT + 'extract = "text"', 'extract goes with score = "generate"'),
     ("llama", 'prompt = "q"', "prompt goes with a language model's score: set score"),
@@ -391,8 +420,9 @@ validation_rungs = [8]
 """
 
 
-def test_a_suite_from_end_to_end(root: Path, cli: Cli) -> None:
-    (root / "testbed.toml").write_text(TESTBED)
+@pytest.mark.parametrize("base", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+def test_a_suite_from_end_to_end(root: Path, cli: Cli, base: str) -> None:
+    (root / "testbed.toml").write_text(TESTBED.replace("llama", base))
     (root / "suite.toml").write_text(SUITE)
     code, printed = cli("show", root / "testbed.toml", "--json")
     assert code == 0, printed

@@ -44,13 +44,22 @@ def chosen(
     }
 
 
-def written(value: Any, feature: Any) -> str:
-    """An answer as a text: a class by its name, a whole number without a fraction."""
+def written(spec: TaskSpec, value: Any, feature: Any) -> str:
+    """An answer as a text: a class by its name, a whole number without a fraction.
+
+    Raises:
+        UsageError: neither a text nor a number.
+    """
     names = getattr(feature, "names", None)
     if names and isinstance(value, int):
         return str(names[value])
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
+    if not isinstance(value, (str, int, float)):
+        raise UsageError(
+            f"task {spec.name}: answer column {spec.answer!r} holds more than texts and numbers "
+            f"({type(value).__name__}); name another column, or leave such rows out of the data"
+        )
     return str(value)
 
 

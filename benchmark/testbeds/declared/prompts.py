@@ -27,7 +27,8 @@ class Writer:
         """The prompts.
 
         Raises:
-            UsageError: the template does not fit a row; there is no chat template.
+            UsageError: a prompt is no text; the template does not fit a row; there is no chat
+            template.
         """
         texts = [self._filled(row) for row in rows]
         if not self.spec.chat:
@@ -69,7 +70,13 @@ class Writer:
 
     def _filled(self, row: Mapping[str, Any]) -> str:
         if self.spec.template is None:
-            return str(row[self.spec.prompt or ""])
+            text = row[self.spec.prompt or ""]
+            if not isinstance(text, str):
+                raise UsageError(
+                    f"task {self.spec.name}: prompt column {self.spec.prompt!r} holds more than "
+                    "texts; name another column, or set template"
+                )
+            return text
         try:
             return self.spec.template.format_map(row)
         except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:

@@ -103,7 +103,7 @@ class Questions:
         for part, each in rows.items():
             texts = writer.texts(each)
             asked[part] = writer.prompts(texts)
-            said = [written(row[spec.answer], features[spec.answer]) for row in each]
+            said = [written(spec, row[spec.answer], features[spec.answer]) for row in each]
             self._check(said)
             found = writer.continuations(texts, said)
             answers[part] = [[*ids, self.backbone.signs.stop] for ids in found]
