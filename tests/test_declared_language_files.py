@@ -18,6 +18,7 @@ from benchmark.testbeds.declared import Declared, Input, open_backbone, place
 from benchmark.testbeds.declared.extraction import extracted
 from benchmark.testbeds.declared.prompts import Writer
 from benchmark.testbeds.declared.schema import TaskSpec
+from benchmark.testbeds.declared.tasks import LanguageTask
 
 ANSWERS = 'prompt = "q"\nanswer = "a"\nmax_new = 6\n'
 
@@ -284,6 +285,45 @@ def test_other_extracts() -> None:
     assert extracted("x (B) or (C)", r"\(([A-D])\)") == "B"
     assert extracted("x", r"\(([A-D])\)") is None
     assert extracted("y", "x|(y)?z|y") is None
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "your-testbed.md"
+
+
+def test_the_files_of_the_page_work_as_written(root: Path) -> None:
+    """On data of these columns; 200 steps of training are left to its readers."""
+    (root / "models").symlink_to(root)
+    sums = [
+        {"question": q, "answer": f"{i % 9} plus is 7\n#### {i % 9}"}
+        for i, q in enumerate(made.questions(60))
+    ]
+    arc = [
+        {"question": q, "choices": ["yes", "no plus", "a"], "answerKey": "ABC"[i % 3]}
+        for i, q in enumerate(made.questions(60))
+    ]
+    films = [{"review": q, "verdict": i % 2} for i, q in enumerate(made.questions(60))]
+    (root / "data" / "train.jsonl").unlink()
+    (root / "data" / "test.jsonl").unlink()
+    for name, rows in {"gsm8k": sums, "arc": arc, "films": films}.items():
+        made.jsonl(root / "data" / name, rows)
+    text = PAGE.read_text(encoding="utf-8")
+    ran = {}
+    for title, body in re.findall(
+        r"^```toml (gsm8k|sentiment)\.toml\n(.*?)^```$", text, re.M | re.S
+    ):
+        # The tiny model has 64 positions, and other words.
+        path = root / f"{title}.toml"
+        body = body.replace("max_new = 256", "max_new = 32")
+        path.write_text(body.replace('["bad", "good"]', '["no", "yes"]'))
+        testbed = Declared(str(path))
+        assert testbed.recipe.lora is None or testbed.recipe.lora.rank == 16
+        for task in testbed.tasks:
+            ran[task] = testbed.task(task)
+    assert ran.keys() == {"gsm8k", "arc", "films"}
+    assert isinstance(ran["gsm8k"], LanguageTask)
+    assert ran["gsm8k"].judge is not None
+    assert ran["arc"].head.shape == (3, 3)
+    assert ran["films"].head.shape == (2, 32)
 
 
 # --- mistakes ------------------------------------------------------------------------------------
