@@ -30,6 +30,10 @@ _FIELDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", "ForCausalLM", {**_SHAPE, "final_logit_softcapping": 4.0}),
     "granite": ("Granite", "ForCausalLM", {**_SHAPE, "logits_scaling": 2.0}),
     "cohere": ("Cohere", "ForCausalLM", {**_SHAPE, "logit_scale": 0.25}),
+    "phi": (
+        "Phi", "ForCausalLM",
+        {key: _SHAPE[key] for key in _SHAPE if key not in ("head_dim", "num_key_value_heads")},
+    ),
     "gpt2": (
         "GPT2", "LMHeadModel",
         {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
@@ -50,7 +54,7 @@ _FIELDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-CAUSAL, CROSSING = ("llama", "gemma2", "granite", "cohere", "gpt2"), ("t5", "bart")
+CAUSAL, CROSSING = ("llama", "gemma2", "granite", "cohere", "phi", "gpt2"), ("t5", "bart")
 NAMES = (*CAUSAL, *CROSSING)
 
 
@@ -66,6 +70,10 @@ def build(name: str) -> Any:
     head = model.get_output_embeddings().weight
     head[[BOS, UNKNOWN, PAD]] *= 0.1
     head[EOS] *= 1.5
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        bias += 0.3 * torch.randn(bias.shape)
+        bias[EOS] += 1.5
     return model
 
 

@@ -93,7 +93,7 @@ OFFERED = [["yes", "no plus", "a b plus is"], ["no plus", "a"]]
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "t5"])
 def test_a_choice_is_as_likely_as_its_tokens(name: str, normalise: bool, tmp_path: Path) -> None:
     """Σ log p of each text by itself, over their number with ``normalise``."""
     model = made.folder(tmp_path, name)
@@ -131,7 +131,7 @@ def test_a_choice_is_as_likely_as_its_tokens(name: str, normalise: bool, tmp_pat
     assert 0 < right.sum() < 20
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "t5"])
 def test_choices_of_one_token_are_rows_of_the_head(name: str, tmp_path: Path) -> None:
     model = made.folder(tmp_path, name)
     rows = [{"q": text, "a": ["up", "down"][i % 2]} for i, text in enumerate(made.questions(60))]

@@ -19,6 +19,7 @@ from benchmark.testbeds.declared.extraction import extracted
 from benchmark.testbeds.declared.prompts import Writer
 from benchmark.testbeds.declared.schema import TaskSpec
 from benchmark.testbeds.declared.tasks import LanguageTask
+from benchmark.testbeds.declared.vocabulary import Vocabulary
 
 ANSWERS = 'prompt = "q"\nanswer = "a"\nmax_new = 6\n'
 
@@ -211,6 +212,21 @@ def test_a_template_names_columns_and_the_end_of_a_prompt_is_kept(root: Path) ->
         assert cut in [[BOS, *ids[-before:], *behind] for ids in whole]
 
 
+def test_no_prompt_is_cut_unless_the_file_says_so(root: Path) -> None:
+    lines = f'score = "exact"\ntemplate = "{"is " * 40}{{q}}"\nanswer = "a"'
+    ids, _ = first_prompt(made.declare(root, "llama", lines))
+    assert ids[:41] == [BOS, *made.ids("is " * 40)]
+
+
+def test_a_head_of_layers_is_no_head_here() -> None:
+    rng = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(8, 16, generator=rng), torch.randn(40, 16, generator=rng)
+    with pytest.raises(UnmergeBenchError, match="its head has layers of its own"):
+        Vocabulary.measured(hidden, hidden.relu() @ head.T, head, 0.0)
+    found = Vocabulary.measured(hidden, 0.25 * hidden @ head.T, head, 0.0)
+    assert (found.scale, found.bias) == (0.25, None)
+
+
 def test_a_chat_is_a_turn_in_the_tokenizer_s_template(root: Path) -> None:
     made.build("llama").save_pretrained(root / "chatty")
     made.tokenizer(root / "chatty", chat=True)
@@ -362,7 +378,6 @@ MISTAKES = [
     ("bert", EXACT, "BertModel reads both ways and writes no answers"),
     ("vit", EXACT, "score is for language models, and this base reads no texts"),
     ("body", EXACT, r"LlamaModel has no head for its vocabulary.*ForCausalLM"),
-    ("biased", EXACT, "its head has a bias"),
     ("mute", EXACT, "names no eos_token"),
     ("silent", EXACT, "has no usable tokenizer"),
 ]  # fmt: skip
@@ -372,7 +387,7 @@ MISTAKES = [
 def unusable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bases that no prompts and answers go with."""
     import declared
-    from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
+    from transformers import AutoTokenizer
 
     root = tmp_path_factory.mktemp("unusable")
     declared.checkpoint(root / "bert", "bert")
@@ -380,14 +395,7 @@ def unusable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.build("llama").model.save_pretrained(root / "body")
     made.build("llama").save_pretrained(root / "silent")
     made.build("llama").save_pretrained(root / "mute")
-    config = PhiConfig(
-        vocab_size=made.VOCABULARY, hidden_size=32, num_attention_heads=4, num_hidden_layers=1,
-        intermediate_size=48,
-    )  # fmt: skip
-    biased = PhiForCausalLM(config).eval().requires_grad_(False)
-    biased.lm_head.bias += torch.arange(made.VOCABULARY)
-    biased.save_pretrained(root / "biased")
-    for name in ("body", "biased", "mute"):
+    for name in ("body", "mute"):
         made.tokenizer(root / name)
     file = root / "mute" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -89,8 +89,8 @@ class LanguageBackbone(TextBackbone):
         vocabulary = self._vocabulary_on(wanted.device)
         rows = max(1, _LOGITS // (len(vocabulary.head) * wanted.shape[-1]))
         parts = []
-        for chunk in torch.arange(wanted.shape[0] * wanted.shape[1]).split(rows):
-            one = {key: value[chunk[0] : chunk[-1] + 1] for key, value in flat.items()}
+        for start in range(0, wanted.shape[0] * wanted.shape[1], rows):
+            one = {key: value[start : start + rows] for key, value in flat.items()}
             parts.append(vocabulary.likelihoods(self._hidden(state, one), one["wanted"]))
         scores = torch.cat(parts).reshape(share.shape) * share
         there = (wanted != IGNORED).any(-1)
@@ -100,7 +100,7 @@ class LanguageBackbone(TextBackbone):
     def _vocabulary_on(self, device: torch.device) -> Vocabulary:
         """The head, sent to a device once."""
         if device not in self._heads:
-            self._heads[device] = replace(self.vocabulary, head=self.vocabulary.head.to(device))
+            self._heads[device] = self.vocabulary.to(device)
         return self._heads[device]
 
     @functools.cached_property

@@ -15,12 +15,12 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class Writer:
-    """``tokens``: the most of a prompt, whose end is kept. ``crossing``: a decoder of its own reads
-    the answer, which then begins a text."""
+    """``tokens``: the most of a prompt, whose end is kept; None: all of it. ``crossing``: a decoder
+    of its own reads the answer, which then begins a text."""
 
     spec: TaskSpec
     tokenizer: Any
-    tokens: int
+    tokens: int | None
     crossing: bool
 
     def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -48,8 +48,11 @@ class Writer:
         """Token ids, with what the tokenizer puts before a text, and behind it for an encoder."""
         before, behind = ([], []) if self.spec.chat else self._frame
         behind = behind if self.crossing else []
-        room = self.tokens - len(before) - len(behind)
-        return [[*before, *ids[-room:], *behind] for ids in self._ids(texts)]
+        found = self._ids(texts)
+        if self.tokens is not None:
+            room = max(1, self.tokens - len(before) - len(behind))
+            found = [ids[-room:] for ids in found]
+        return [[*before, *ids, *behind] for ids in found]
 
     def continuations(self, texts: Sequence[str], answers: Sequence[str]) -> list[Ids]:
         """Token ids of each answer behind its prompt, without an end; never cut.

@@ -31,12 +31,13 @@ _TOKENS = "choices.tokens"
 
 @dataclass(frozen=True)
 class Questions:
-    """One task for a language model. ``tokenizer``: its own; ``tokens``: the most of a prompt."""
+    """One task for a language model. ``tokenizer``: its own; ``tokens``: the most of a prompt,
+    if there is a most."""
 
     spec: TaskSpec
     backbone: LanguageBackbone
     tokenizer: Any
-    tokens: int
+    tokens: int | None
 
     def prepare(self, source: Source) -> dict[str, Tensor]:
         """The tensors of all splits, by name.
@@ -68,9 +69,10 @@ class Questions:
             count = splits["test"].inputs["share"].shape[1]
             names = tuple(map(str, range(count)))
             return Task(spec.name, names, head=torch.eye(count), scale=1.0, **splits)
-        head, names, judge = vocabulary.head, ("vocabulary",), None
+        head, bias, names, judge = vocabulary.head, vocabulary.bias, ("vocabulary",), None
         if spec.score == "choice":
             head = head[found[_TOKENS]]
+            bias = None if bias is None else bias[found[_TOKENS]]
             names = tuple(map(str, self.tokenizer.batch_decode(found[_TOKENS][:, None])))
         if spec.score == "generate":
             judge = Written(self.tokenizer, spec.extract, self.backbone.signs.stop, spec.max_new)
@@ -83,6 +85,7 @@ class Questions:
             head=head,
             scale=vocabulary.scale,
             cap=vocabulary.cap,
+            bias=bias,
             judge=judge,
         )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 from benchmark.core.data import Ask, OwnersTask, Split, Task
+from benchmark.testbeds.declared.vocabulary import shaped
 
 #: Which examples are answered, (n,) bool; what it is given runs the model on any inputs.
 Judge = Callable[[Ask, Split], Tensor]
@@ -16,15 +16,16 @@ Judge = Callable[[Ask, Split], Tensor]
 
 @dataclass(frozen=True)
 class LanguageTask(Task):
-    """``cap``: logits become cap · tanh(logits / cap), as in Gemma 2; 0: they stay. ``judge``
-    decides what is answered where the logits of the labels do not: answers are generated."""
+    """``cap`` and ``bias``: what comes between products with ``head`` and logits, as in a
+    :class:`Vocabulary`. ``judge`` decides what is answered where the logits of the labels do not:
+    answers are generated."""
 
     cap: float = 0.0
+    bias: Tensor | None = None
     judge: Judge | None = None
 
     def logits(self, features: Tensor) -> Tensor:
-        found = super().logits(features)
-        return self.cap * torch.tanh(found / self.cap) if self.cap else found
+        return shaped(super().logits(features), self.cap, self.bias)
 
     def answered(self, logits: Tensor, batch: Split, ask: Ask) -> Tensor:
         if self.judge is None:

@@ -194,7 +194,9 @@ class Declared(Testbed):
             return None
         backbone = self.backbone
         assert isinstance(backbone, LanguageBackbone)
-        return Questions(spec, backbone, tokenizer_of(folder(self._base)), self.spec.tokens)
+        # The default is for texts of which a feature is made; half a question is none.
+        tokens = self.spec.tokens if "tokens" in self.spec.model_fields_set else None
+        return Questions(spec, backbone, tokenizer_of(folder(self._base)), tokens)
 
     def _task(self, name: str) -> TaskSpec:
         for task in self.spec.task:
