@@ -28,7 +28,7 @@ ANSWERS = 'prompt = "q"\nanswer = "a"\nmax_new = 6\n'
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders by name; never written to by a test."""
     root = tmp_path_factory.mktemp("models")
-    for name in ("llama", "gpt2", "t5"):
+    for name in ("llama", "gpt2", "t5", "bart"):
         made.folder(root, name)
     return root
 
@@ -374,6 +374,7 @@ MISTAKES = [
         "extract = 'last-number' finds nothing in the answer '.*'; correct extract",
     ),
     ("llama", EXACT.replace("= 6", "= 60").replace("exact", "generate"), "the base's 64 positions"),
+    ("bart", EXACT.replace("= 6", "= 70").replace("exact", "generate"), "base's 64 positions"),
     ("t5", 'text = "q"\nlabel = "r"', "T5Model writes answers; give every task a score"),
     ("bert", EXACT, "BertModel reads both ways and writes no answers"),
     ("vit", EXACT, "score is for language models, and this base reads no texts"),

@@ -43,7 +43,7 @@ class LanguageBackbone(TextBackbone):
     in these. A choice without tokens is one that the example lacks: far below its worst.
 
     ``vocabulary``: the base's head. ``greedy``: the whole model. ``signs``: its special tokens.
-    ``limit``: the most tokens that it has positions for, if any.
+    ``limit``: how many positions it has, if their number is fixed.
     """
 
     vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary(torch.empty(0, 0)))

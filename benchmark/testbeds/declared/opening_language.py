@@ -83,7 +83,7 @@ def language(
         **{f.name: getattr(plain, f.name) for f in fields(plain)},
         greedy=greedy,
         signs=_signs(path, config if crossing else None),
-        limit=None if crossing else getattr(config, "max_position_embeddings", None),
+        limit=getattr(config, "max_position_embeddings", None),
     )
     cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     return replace(found, vocabulary=_measured(path, found, greedy.outside[name], cap))

@@ -218,10 +218,10 @@ class Questions:
     def _width(self, asked: Mapping[Part, list[Ids]], more: int) -> int:
         """Tokens of the longest prompt; ``more`` follow it."""
         width = max((len(ids) for part in asked.values() for ids in part), default=1)
-        limit = self.backbone.limit
-        if limit is not None and width + more > limit:
+        limit, crossing = self.backbone.limit, self.backbone.crossing
+        if limit is not None and (max(width, more) if crossing else width + more) > limit:
             raise UsageError(
-                f"task {self.spec.name}: prompts of {width} tokens and {more} behind them are more "
+                f"task {self.spec.name}: prompts of {width} tokens and answers of {more} are more "
                 f"than the base's {limit} positions; lower tokens or max_new"
             )
         return width

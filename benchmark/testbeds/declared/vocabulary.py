@@ -18,7 +18,7 @@ _STEEP = 0.9
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """logits = x, or ``cap`` · tanh(x / ``cap``) with a cap; x = ``scale`` · h @ ``head``ᵀ + ``bias``.
+    """logits = x = ``scale`` · h @ ``head``ᵀ + ``bias``; with a cap ``cap`` · tanh(x / ``cap``).
 
     ``head`` is the base's, (vocabulary, d) float32, tied to its embeddings or not. It is frozen,
     like a CLIP's: a release's own is not used, so that a merge has one function and not one per
