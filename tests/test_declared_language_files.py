@@ -100,6 +100,7 @@ def test_tied_embeddings_are_one_tensor_of_the_state(root: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 def test_an_expert_may_be_a_folder_of_lora(root: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
