@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -93,12 +94,12 @@ class Victim:
 
     def accuracy(self, state: State, split: Split, batch_size: int = 512) -> float:
         """The share of ``split`` that ``state`` classifies correctly (0 if its logits are NaN)."""
-        right = 0
+        right, size, ask = 0, min(batch_size, self.task.most), partial(self.features, state)
         with torch.inference_mode():
-            for start in range(0, len(split), batch_size):
-                batch = split[start : start + batch_size]
-                logits = self.task.logits(self.features(state, batch.given))
-                right += int(self.task.right(logits, batch.labels).sum())
+            for start in range(0, len(split), size):
+                batch = split[start : start + size]
+                logits = self.task.logits(ask(batch.given))
+                right += int(self.task.answered(logits, batch, ask).sum())
         return right / len(split)
 
     def train(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from benchmark.core.errors import AccessError
 _SPLITS = ("train", "validation", "test")
 #: A label of no class: padding behind an answer.
 IGNORED = -100
+#: Logits that are computed at once, at most: 1 GiB of float32.
+_LOGITS = 2**28
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Split:
         return self[torch.cat(rows).sort().values.to(self.labels.device)]
 
 
+#: Inputs by name → features, of the State that is asked.
+Ask = Callable[[Mapping[str, Tensor]], Tensor]
+
+
 @dataclass(frozen=True)
 class Task:
     """A task with a frozen head: logits = ``scale`` · features @ ``head``ᵀ.
@@ -96,6 +102,19 @@ class Task:
     def logits(self, features: Tensor) -> Tensor:
         """(..., d) features → (..., classes)."""
         return self.scale * features @ self.head.T
+
+    def answered(self, logits: Tensor, batch: Split, ask: Ask) -> Tensor:
+        """Which examples of ``batch`` are answered, (n,) bool.
+
+        ``logits``: what the model gives for ``batch.given``; ``ask``: its forward pass, for tasks
+        that look at more than these logits.
+        """
+        return self.right(logits, batch.labels)
+
+    @property
+    def most(self) -> int:
+        """The most examples whose logits are computed at once; over a vocabulary they are many."""
+        return max(1, _LOGITS // (len(self.head) * max(1, self.train.labels[:1].numel())))
 
     @staticmethod
     def right(logits: Tensor, labels: Tensor) -> Tensor:

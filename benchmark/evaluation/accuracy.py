@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Testbed
-from benchmark.core.data import Split, Task
+from benchmark.core.data import Ask, Split, Task
 from benchmark.core.errors import MethodError
 from benchmark.core.state import PerTask, State, forward_of, to_device
 
@@ -50,7 +50,7 @@ class Evaluator:
         what, right, finite = self.task(task), [], []
         for batch in self._batches(task, split, rows):
             logits = self._logits(state, what, batch)
-            right.append(what.right(logits, batch.labels))
+            right.append(what.answered(logits, batch, self._asked(state, what)))
             finite.append(logits.isfinite().all())
         _check_finite(finite, task)
         return torch.cat(right).cpu().numpy()
@@ -67,7 +67,7 @@ class Evaluator:
         change, size = torch.zeros(2, len(self._batches(task, split, rows)), device=self.device)
         for i, batch in enumerate(self._batches(task, split, rows)):
             logits, expected = (self._logits(of, what, batch) for of in (state, reference))
-            right.append(what.right(logits, batch.labels))
+            right.append(what.answered(logits, batch, self._asked(state, what)))
             finite += [logits.isfinite().all(), expected.isfinite().all()]
             change[i], size[i] = (logits - expected).abs().max(), expected.abs().max()
         _check_finite(finite, task)
@@ -83,15 +83,20 @@ class Evaluator:
         return found
 
     def _batches(self, task: str, split: str, rows: range) -> list[Split]:
-        examples = self.task(task).split(split)[slice(rows.start, rows.stop)]
-        starts = range(0, len(examples), self.batch_size)
-        return [examples[slice(start, start + self.batch_size)] for start in starts]
+        what = self.task(task)
+        examples = what.split(split)[slice(rows.start, rows.stop)]
+        size = min(self.batch_size, what.most)
+        starts = range(0, len(examples), size)
+        return [examples[slice(start, start + size)] for start in starts]
 
-    def _logits(self, state: State, task: Task, batch: Split) -> Tensor:
+    def _asked(self, state: State, task: Task) -> Ask:
+        """The forward pass of ``state`` on ``task``."""
         if isinstance(state, PerTask):
             state = state.of(task.name)
-        forward = forward_of(state, self.testbed.features)
-        return task.logits(forward(state, batch.given)).float()
+        return partial(forward_of(state, self.testbed.features), state)
+
+    def _logits(self, state: State, task: Task, batch: Split) -> Tensor:
+        return task.logits(self._asked(state, task)(batch.given)).float()
 
 
 def _check_finite(flags: list[Tensor], task: str) -> None:

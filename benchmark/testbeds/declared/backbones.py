@@ -7,6 +7,7 @@
 | transformers CLIP, image part only or whole | ``CLIPVisionModelWithProjection`` | projected |
 | transformers image model (ViT, DINOv2, ConvNeXt, ...) | without its classifier | ``pooling`` |
 | transformers text encoder (BERT, RoBERTa, MPNet, ...) | without its classifier | ``pooling`` |
+| transformers causal language model (Llama, GPT-2, ...) | without its head | ``pooling`` |
 | open_clip | ``model.visual`` | projected |
 
 A subclass brings ``_run`` and ``prepare``; the rest is shared. To make one by hand (a base from
@@ -28,7 +29,7 @@ from benchmark.core.state import State, compatible
 from benchmark.testbeds.declared.pixels import Pixels
 from benchmark.testbeds.padding import chunks
 
-Pooling = Literal["class", "mean", "pooler", "auto"]
+Pooling = Literal["class", "mean", "last", "pooler", "auto"]
 #: Texts → (n, d) embeddings in the space of the image features.
 Embed = Callable[[Sequence[str]], Tensor]
 
@@ -198,8 +199,7 @@ class TextBackbone(Backbone):
 
     def _run(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         ids, mask = inputs["input_ids"].long(), inputs["attention_mask"].long()
-        size = max(4, _TOKENS.get(ids.device.type, 2**11) // ids.shape[1])
-        found, back = chunks(mask, size)
+        found, back = chunks(mask, token_rows(ids))
         parts = []
         for part in found:
             seen = mask[part.rows, : part.width]
@@ -209,13 +209,21 @@ class TextBackbone(Backbone):
         return torch.cat(parts)[back]
 
 
+def token_rows(ids: Tensor) -> int:
+    """Rows of ``ids`` (n, L) per forward pass."""
+    return max(4, _TOKENS.get(ids.device.type, 2**11) // ids.shape[1])
+
+
 def pooled_text(output: Any, mask: Tensor, pooling: Pooling) -> Tensor:
-    """(n, d): the mean over seen tokens, the first token, or the model's own pooler."""
+    """(n, d): the mean over seen tokens, the first or last of them, or the model's own pooler."""
     if pooling == "pooler":
         return output.pooler_output
     hidden = output.last_hidden_state
     if pooling == "class":
         return hidden[:, 0]
+    if pooling == "last":
+        last = mask.sum(1).clamp(min=1) - 1
+        return hidden[torch.arange(len(hidden), device=last.device), last]
     return (hidden * mask[:, :, None]).sum(1)  # the mean's divisor does not survive normalisation
 
 

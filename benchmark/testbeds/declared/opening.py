@@ -8,19 +8,20 @@ import inspect
 import json
 import operator
 import re
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.state import State
+from benchmark.io import adapter_folders
 from benchmark.io.folders import Checkpoint, load
 from benchmark.io.loaders import CLIP_CONFIG
-from benchmark.testbeds.declared import words
+from benchmark.testbeds.declared import bodies, words
 from benchmark.testbeds.declared.backbones import (
     Backbone,
     ImageBackbone,
@@ -28,10 +29,16 @@ from benchmark.testbeds.declared.backbones import (
     TextBackbone,
     pooled_image,
 )
+from benchmark.testbeds.declared.opening_language import (
+    has_decoder,
+    is_causal,
+    language,
+    whole_of,
+)
 from benchmark.testbeds.declared.pixels import Channels, Pixels
 from benchmark.testbeds.declared.places import Place, folder, place
 
-_REVISION = 1  # of what a backbone computes: raise it when that changes
+_REVISION = 2  # of what a backbone computes: raise it when that changes
 _CLASS_TOKEN = re.compile(r"(^|[._])(cls_token|class_token|class_embedding)$")
 _PROJECTION = "visual_projection.weight"
 
@@ -41,6 +48,7 @@ class Input:
     """What may be set of the input; None: as the folder says.
 
     ``side`` in pixels; ``mean``, ``std`` of channels within 0..1; ``tokens``: a text's length.
+    ``asked``: prompts have answers (:class:`LanguageBackbone`).
     """
 
     side: int | None = None
@@ -48,6 +56,7 @@ class Input:
     std: Channels | None = None
     tokens: int = 32
     pooling: Pooling = "auto"
+    asked: bool = False
 
 
 def open_backbone(place: Place, wanted: Input | None = None) -> Backbone:
@@ -99,16 +108,20 @@ def named_base(base: str, pretrained: str | None, root: Path, revision: str | No
     return place(pretrained, root, revision, f"pretrained (one of {', '.join(tags)}, or a folder)")
 
 
-def read(backbone: Backbone, place: Place) -> State:
+def read(backbone: Backbone, place: Place, base_place: Place | None = None) -> State:
     """Another checkpoint of the same architecture (a published fine-tune), float32 on the CPU.
 
-    A CLIP image tower saved without its projection gets the base's: fine-tunes leave it alone.
+    A CLIP image tower saved without its projection gets the base's: fine-tunes leave it alone. A
+    LoRA folder is read on the base, which is at ``base_place``.
 
     Raises:
         AssetError, CheckpointError: as :func:`open_backbone`; or it does not fit the base.
     """
     path = folder(place)
-    state = _parts(load(path)).state
+    if base_place is not None and adapter_folders.is_adapter(path):
+        state = _adapted(path, folder(base_place))
+    else:
+        state = _parts(load(path)).state
     base = backbone.weights()
     # A CLIPVisionModel's names lack the prefix that the model with a projection has.
     if _PROJECTION in base and not any(key.startswith("vision_model.") for key in state):
@@ -119,12 +132,26 @@ def read(backbone: Backbone, place: Place) -> State:
     return backbone.fits({k: v for k, v in state.items() if k not in extra}, f"expert {path}")
 
 
+def _adapted(path: Path, base: Path) -> State:
+    """The base with an adapter merged in, as :func:`_parts` names it."""
+    whole = adapter_folders.lifted(load(base))
+    adapted = adapter_folders.load(path, whole).state
+    prefix = _parts(whole).prefix
+    return {
+        key.removeprefix(prefix): value.float() if value.is_floating_point() else value
+        for key, value in adapted.items()
+        if key.startswith(prefix)
+    }
+
+
 @functools.lru_cache(maxsize=4)
 def _open(place: Place, wanted: Input, content: str) -> Backbone:
     path = folder(place)
     checkpoint = load(path)
     parts = _parts(checkpoint)
-    constants = _to_meta(parts.module)
+    constants = bodies.constants(parts.module)
+    whole = whole_of(checkpoint.model, parts.module, parts.prefix)
+    bodies.to_meta(parts.module)
     identity = [_REVISION, content, astuple(wanted)]
     common: dict[str, Any] = {
         "module": parts.module,
@@ -133,6 +160,12 @@ def _open(place: Place, wanted: Input, content: str) -> Backbone:
         "constants": constants,
     }
     config = parts.config
+    reads = "x" if checkpoint.kind == "open_clip" else parts.module.main_input_name
+    if wanted.asked and reads != "input_ids":
+        raise UsageError(
+            f"{path}: score is for language models, and this base reads no texts; declare image "
+            "and label"
+        )
     if checkpoint.kind == "open_clip":
         return _open_clip(path, wanted, common)
     if parts.projected:
@@ -143,8 +176,10 @@ def _open(place: Place, wanted: Input, content: str) -> Backbone:
             extra=_resized(parts.module, config, wanted.side),
             texts=functools.partial(words.clip_texts, path) if parts.has_text else None,
         )
-    if parts.module.main_input_name == "pixel_values":
+    if reads == "pixel_values":
         pooling = wanted.pooling
+        if pooling == "last":
+            raise UsageError('pooling = "last" is for texts; an image has no last token')
         if pooling == "auto":
             tokens = any(_CLASS_TOKEN.search(key) for key in parts.state)
             pooling = "class" if tokens else "pooler"
@@ -156,15 +191,27 @@ def _open(place: Place, wanted: Input, content: str) -> Backbone:
             pool=functools.partial(pooled_image, pooling=pooling),
             extra=_resized(parts.module, config, wanted.side),
         )
-    if parts.module.main_input_name == "input_ids" and not getattr(config, "is_decoder", False):
-        pooling = "mean" if wanted.pooling == "auto" else wanted.pooling
-        if pooling != "pooler":
+    if reads == "input_ids":
+        if wanted.pooling != "pooler":
             _drop_pooler(parts, common)
-        return TextBackbone(
+        text = TextBackbone(
             **common,
             tokenize=functools.partial(words.tokenize, path, wanted.tokens),
-            pooling=pooling,
+            pooling=wanted.pooling,
         )
+        crossing = has_decoder(parts.module)
+        causal = not crossing and is_causal(text)
+        if wanted.asked:
+            text = language(path, text, whole, config if crossing or causal else None)
+        elif crossing:
+            raise UsageError(
+                f"{path}: {type(parts.module).__name__} writes answers; give every task a score "
+                "with prompt and answer in place of text and label"
+            )
+        if wanted.pooling == "auto":
+            # A causal model's last token alone has seen the whole text.
+            text = replace(text, pooling="last" if causal else "mean")
+        return text
     raise UsageError(
         f"{path}: a testbed cannot make features with {type(parts.module).__name__}; "
         "use an image model, a CLIP, or a text encoder"
@@ -173,31 +220,35 @@ def _open(place: Place, wanted: Input, content: str) -> Backbone:
 
 @dataclass
 class _Parts:
-    """The part of a checkpoint that a testbed runs, float32."""
+    """The part of a checkpoint that a testbed runs, float32.
+
+    ``prefix``: what its names begin with in the whole model.
+    """
 
     module: nn.Module
     state: State
     config: Any
     projected: bool = False
     has_text: bool = False
+    prefix: str = ""
 
 
 def _parts(checkpoint: Checkpoint) -> _Parts:
     model: Any = checkpoint.model
     if checkpoint.kind == "open_clip":
         visual: Any = model.visual
-        return _Parts(visual, _floats(visual), None, has_text=True)
+        return _Parts(visual, bodies.floats(visual), None, has_text=True)
     config: Any = model.config
     if hasattr(model, "vision_model") and hasattr(model, "visual_projection"):
         if not hasattr(model, "text_model"):
-            return _Parts(model, _floats(model), config, projected=True)
+            return _Parts(model, bodies.floats(model), config, projected=True)
         from transformers import CLIPVisionModelWithProjection
 
         vision = config.vision_config
         vision.projection_dim = config.projection_dim
         with torch.device("meta"):
             tower = CLIPVisionModelWithProjection(vision).eval().requires_grad_(False)
-        full = _floats(model)
+        full = bodies.floats(model)
         state = {key: full[key] for key in tower.state_dict()}
         # Buffers that no file holds come from the whole model.
         buffers = dict(model.named_buffers())
@@ -205,23 +256,8 @@ def _parts(checkpoint: Checkpoint) -> _Parts:
             owner, _, last = name.rpartition(".")
             tower.get_submodule(owner)._buffers[last] = buffers[name]
         return _Parts(tower, state, vision, projected=True, has_text=True)
-    body: nn.Module = getattr(model, "base_model", model)
-    return _Parts(body, _floats(body), config)
-
-
-def _floats(module: nn.Module) -> State:
-    return {
-        key: value.detach().float() if value.is_floating_point() else value.detach()
-        for key, value in module.state_dict().items()
-    }
-
-
-def _to_meta(module: nn.Module) -> dict[str, Tensor]:
-    """Take the storage from a module; gives back the buffers that no State brings."""
-    kept = module.state_dict().keys()
-    constants = {k: v.detach().clone() for k, v in module.named_buffers() if k not in kept}
-    module.to("meta").float()
-    return constants
+    body, prefix = bodies.body_of(model)
+    return _Parts(body, bodies.floats(body), config, prefix=prefix)
 
 
 def _drop_pooler(parts: _Parts, common: dict[str, Any]) -> None:

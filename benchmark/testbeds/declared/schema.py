@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from benchmark.api.recipe import Recipe
+from benchmark.api.recipe import Lora, Projection, Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UsageError
 from benchmark.core.paths import read_text
+from benchmark.testbeds.declared.asking import Asking, Part, Strict
 from benchmark.testbeds.declared.backbones import Pooling
 from benchmark.testbeds.declared.pixels import Channels
 
-Part = Literal["train", "validation", "test"]
 Head = Literal["label-names", "linear-probe"]
 #: A file name or a list of them.
 Files = str | tuple[str, ...]
+#: What a task of features and labels has, and one with ``score`` has not.
+_CLASSIFIED = {"image", "text", "label", "head", "prompts", "probe"}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class LoraSpec(Strict):
+    """See :class:`benchmark.api.recipe.Lora`."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    targets: tuple[Projection, ...] = Field(default=("q", "k", "v", "o"), min_length=1)
 
 
-class RecipeSpec(_Strict):
-    """How an expert is trained; see :class:`benchmark.api.recipe.Recipe`. ``clip = 0``: none."""
+class RecipeSpec(Strict):
+    """How an expert is trained; see :class:`benchmark.api.recipe.Recipe`. ``clip = 0``: none.
+
+    ``lora``: experts are adapters on attention, trained at ``learning_rate`` as it stands.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"lora"})
 
     steps: int = Field(default=80, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -38,15 +49,18 @@ class RecipeSpec(_Strict):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     schedule: Literal["linear", "cosine"] = "linear"
+    lora: LoraSpec | None = None
 
     def recipe(self, frozen: tuple[str, ...]) -> Recipe:
         """The recipe, with these tensors frozen too."""
-        fields = self.model_dump() | {"clip": self.clip or None}
+        lora = Lora(**self.lora.model_dump()) if self.lora else None
+        fields = self.model_dump() | {"clip": self.clip or None, "lora": lora}
         return Recipe(**fields | {"frozen": (*self.frozen, *frozen)})
 
 
-class TaskSpec(_Strict):
-    """One task. What all tasks share may stand in ``[defaults]``.
+class TaskSpec(Asking):
+    """One task; for a language model :class:`Asking` has more. What all tasks share may
+    stand in ``[defaults]``.
 
     ``data``: a folder (parquet or csv files, a folder of images per class, or a data set in the
     hub's format), files by split, or a hub id with its ``revision``. ``splits``: what the data
@@ -55,11 +69,13 @@ class TaskSpec(_Strict):
     ``expert``: a published fine-tune to use in place of one trained here.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset(Asking.model_fields)
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     data: str | dict[Part, Files]
     config: str | None = None
     revision: str | None = None
-    splits: dict[Part, str] = {}
+    splits: dict[Part, str] = Field(default_factory=dict)
     image: str | None = None
     text: str | None = None
     label: str = "label"
@@ -86,10 +102,12 @@ class TaskSpec(_Strict):
     def _one_column(self) -> TaskSpec:
         if self.image and self.text:
             raise ValueError("name an image column or a text column, not both")
+        if self.score and (wrong := sorted(_CLASSIFIED & self.model_fields_set)):
+            raise ValueError(f"a task with score has no {wrong[0]}; leave one of the two out")
         return self
 
 
-class TestbedSpec(_Strict):
+class TestbedSpec(Strict):
     """A whole testbed.toml.
 
     ``partial``: methods may go on where no row of the anatomy covers a part of the base.
@@ -156,7 +174,8 @@ def parse(text: str, where: str) -> TestbedSpec:
             )
             known = [*model.model_fields, *(["defaults"] if model is TestbedSpec else [])]
             hint = did_you_mean(str(first["loc"][-1]), known)
-        raise UsageError(f"testbed {where}: {field}: {first['msg']}{hint}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"testbed {where}: {field}: {said}{hint}") from None
 
 
 def is_testbed(path: Path) -> bool:

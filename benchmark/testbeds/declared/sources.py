@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from benchmark.core.errors import UsageError, first_line
+from benchmark.testbeds.declared.asking import PARTS, Part
 from benchmark.testbeds.declared.places import Place, folder, hashed, place, unavailable
-from benchmark.testbeds.declared.schema import Files, Part, TaskSpec
+from benchmark.testbeds.declared.schema import Files, TaskSpec
 
-_PARTS: tuple[Part, ...] = ("train", "validation", "test")
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _SEED = 1
 
@@ -56,30 +56,60 @@ class Source:
             AssetError: the data is not at hand and cannot be fetched.
         """
         with self._loaded() as data:
-            names = {part: self.spec.splits.get(part, part) for part in _PARTS}
-            for part in self.spec.splits:
-                self._known(names[part], data, "split")
-            if "validation" not in self.spec.splits and names["validation"] not in data:
-                names.pop("validation")
-            for part in ("train", "test"):
-                self._known(names[part], data, "split")
+            names = self._names(data)
             columns = data[names["train"]].column_names
             column = self._column(kind, columns)
-            self._known(self.spec.label, columns, "label column")
+            self._known(self.spec.label, columns, "label column", "label")
             feature = data[names["train"]].features[self.spec.label]
             values = [v for name in names.values() for v in data[name].unique(self.spec.label)]
-            index, classes = self._classes(feature, values)
-            limits = {
-                "train": self.spec.max_train
-                + (0 if "validation" in names else self.spec.max_validation),
-                "validation": self.spec.max_validation,
-                "test": self.spec.max_test,
-            }
+            index, classes = self.classes(feature, values)
             out = {
-                part: self._take(data[name], column, kind, index, limits[part])
-                for part, name in names.items()
+                part: self._take(_drawn(data[name], limit), column, kind, index)
+                for part, (name, limit) in self._limited(names).items()
             }
         return out, classes
+
+    def records(self, columns: Mapping[str, str]) -> tuple[dict[Part, list[Any]], dict[str, Any]]:
+        """Rows of the splits there are as dicts, in a random order, cut to what the task may use;
+        and what ``datasets`` says of each column.
+
+        ``columns``: name → the field of the task that names it.
+
+        Raises:
+            UsageError, AssetError: as :meth:`read`.
+        """
+        with self._loaded() as data:
+            names = self._names(data)
+            first = data[names["train"]]
+            for column, field in columns.items():
+                self._known(column, first.column_names, "column", field)
+            rows = {
+                part: _drawn(data[name], limit).select_columns(list(columns)).to_list()
+                for part, (name, limit) in self._limited(names).items()
+            }
+            return rows, {column: first.features[column] for column in columns}
+
+    def _names(self, data: Any) -> dict[Part, str]:
+        """What the data calls the splits there are."""
+        names = {part: self.spec.splits.get(part, part) for part in PARTS}
+        for part in self.spec.splits:
+            self._known(names[part], data, "split", "splits")
+        if "validation" not in self.spec.splits and names["validation"] not in data:
+            names.pop("validation")
+        for part in ("train", "test"):
+            self._known(names[part], data, "split", "splits")
+        return names
+
+    def _limited(self, names: Mapping[Part, str]) -> dict[Part, tuple[str, int]]:
+        """The name of each split, and how many rows are taken of it."""
+        spec = self.spec
+        room = 0 if "validation" in names else spec.max_validation
+        limits: dict[Part, int] = {
+            "train": spec.max_train + room,
+            "validation": spec.max_validation,
+            "test": spec.max_test,
+        }
+        return {part: (name, limits[part]) for part, name in names.items()}
 
     @property
     def _place(self) -> Place:
@@ -157,9 +187,8 @@ class Source:
             _FORMATS[suffix], data_files=by_split, cache_dir=scratch, **options
         )
 
-    def _known(self, name: str, there: Any, what: str) -> None:
+    def _known(self, name: str, there: Any, what: str, key: str) -> None:
         if name not in there:
-            key = "splits" if what == "split" else "label"
             raise UsageError(
                 f"task {self.spec.name}: the data has no {what} {name!r} "
                 f"(it has {', '.join(map(str, there))}); set {key} in its [[task]]"
@@ -190,7 +219,7 @@ class Source:
             return beside if beside.is_file() else None
         return None
 
-    def _classes(self, feature: Any, values: list[Any]) -> tuple[dict[Any, int], tuple[str, ...]]:
+    def classes(self, feature: Any, values: list[Any]) -> tuple[dict[Any, int], tuple[str, ...]]:
         """Label as in the data → class index, and the class names."""
         there = sorted(set(values), key=lambda v: (isinstance(v, str), v if v is not None else -1))
         known = list(getattr(feature, "names", None) or ())
@@ -235,10 +264,8 @@ class Source:
             raise UsageError(f"task {self.spec.name}: {path} must hold a JSON list of class names")
         return [str(name) for name in names]
 
-    def _take(self, data: Any, column: str, kind: str, index: dict[Any, int], limit: int) -> Rows:
-        rng = torch.Generator().manual_seed(_SEED)
-        order = torch.randperm(len(data), generator=rng)[:limit].tolist()
-        chosen = data.select_columns([column, self.spec.label]).select(order)
+    def _take(self, data: Any, column: str, kind: str, index: dict[Any, int]) -> Rows:
+        chosen = data.select_columns([column, self.spec.label])
         if kind == "image":
             chosen = self._with_images(chosen, column)
         labels = [index[value] for value in chosen[self.spec.label]]
@@ -275,6 +302,12 @@ class Source:
 
             data = data.map(absolute, load_from_cache_file=False, keep_in_memory=True)
         return data.cast_column(column, Image())
+
+
+def _drawn(data: Any, limit: int) -> Any:
+    """At most ``limit`` rows, in a random order that is always the same."""
+    rng = torch.Generator().manual_seed(_SEED)
+    return data.select(torch.randperm(len(data), generator=rng)[:limit].tolist())
 
 
 def offline() -> bool:

@@ -23,14 +23,17 @@ from benchmark.core.paths import read_text
 from benchmark.core.state import State
 from benchmark.testbeds.declared import heads
 from benchmark.testbeds.declared.backbones import Backbone
+from benchmark.testbeds.declared.language import LanguageBackbone
 from benchmark.testbeds.declared.opening import Input, named_base, open_backbone, read
-from benchmark.testbeds.declared.places import Place, place
-from benchmark.testbeds.declared.schema import Part, TaskSpec, TestbedSpec, parse
+from benchmark.testbeds.declared.places import Place, folder, place
+from benchmark.testbeds.declared.questions import Questions
+from benchmark.testbeds.declared.schema import TaskSpec, TestbedSpec, parse
 from benchmark.testbeds.declared.sources import Rows, Source
+from benchmark.testbeds.declared.splits import divided, packed, unpacked
+from benchmark.testbeds.declared.words import tokenizer_of
 from benchmark.testbeds.kept import kept
 
 _REVISION = 1  # of splitting and heads: raise it when they change
-_PARTS: tuple[Part, ...] = ("train", "validation", "test")
 #: Logits = scale · cosine, where the testbed does not say: CLIP's own, and minilm's.
 _SCALES = {"image": 100.0, "text": 20.0}
 _PROBE_SCALE = 20.0
@@ -87,7 +90,15 @@ class Declared(Testbed):
         """The base model and how it is run; always the same object."""
         spec = self.spec
         return open_backbone(
-            self._base, Input(spec.side, spec.mean, spec.std, spec.tokens, spec.pooling)
+            self._base,
+            Input(
+                spec.side,
+                spec.mean,
+                spec.std,
+                spec.tokens,
+                spec.pooling,
+                asked=any(task.score for task in spec.task),
+            ),
         )
 
     @property
@@ -124,7 +135,7 @@ class Declared(Testbed):
     def published(self, task: str) -> State | None:
         """The published fine-tune that the file names for ``task``, if any."""
         found = self._expert(task)
-        return None if found is None else read(self.backbone, found)
+        return None if found is None else read(self.backbone, found, self._base)
 
     def task(self, name: str) -> Task:
         """Splits are disjoint in what the model sees; rows are in a random order.
@@ -134,6 +145,11 @@ class Declared(Testbed):
             AssetError: base or data are not at hand and cannot be fetched.
         """
         spec, source, backbone = self._task(name), self._source(name), self.backbone
+        asked = self._questions(spec)
+        if asked is None and getattr(backbone, "crossing", False):
+            raise UsageError(
+                f"task {name}: an encoder-decoder writes answers; set score, prompt and answer"
+            )
         if spec.head == "label-names" and backbone.embed is None:
             raise UsageError(
                 f"task {name}: this base has no text tower for label names; "
@@ -141,14 +157,10 @@ class Declared(Testbed):
             )
         # Only what prepares the examples: another recipe must not read the data again.
         key = _sha256([spec.model_dump(mode="json"), source.content(), backbone.content])
+        if asked is not None:
+            return asked.task(kept(f"declared-{name}", key, lambda: asked.prepare(source)))
         found = kept(f"declared-{name}", key, lambda: self._prepare(spec, source))
-        splits = {
-            part: Split(
-                {k.partition(".")[2]: v for k, v in found.items() if k.startswith(f"{part}.")},
-                found[f"labels.{part}"],
-            )
-            for part in _PARTS
-        }
+        splits = unpacked(found)
         scale = self.spec.scale
         if scale is None:
             scale = _PROBE_SCALE if spec.head == "linear-probe" else _SCALES[backbone.kind]
@@ -158,15 +170,10 @@ class Declared(Testbed):
     def _prepare(self, spec: TaskSpec, source: Source) -> dict[str, Tensor]:
         backbone = self.backbone
         rows, classes = source.read(backbone.kind)
-        parts = _divide(
+        parts = divided(
             {part: _prepared(backbone, each) for part, each in rows.items()}, spec.max_validation
         )
-        out = {}
-        for part, split in parts.items():
-            if not len(split):
-                raise UsageError(f"task {spec.name}: nothing is left for {part}; give it more rows")
-            out[f"labels.{part}"] = split.labels
-            out |= {f"{part}.{key}": value for key, value in split.inputs.items()}
+        out = packed(spec.name, parts)
         if spec.head == "label-names":
             assert backbone.embed is not None
             out["head"] = heads.label_names(backbone.embed, classes, spec.prompts)
@@ -180,6 +187,16 @@ class Declared(Testbed):
                 raise UsageError(f"task {spec.name}: {error}") from None
         out["classes"] = torch.tensor(list("\n".join(classes).encode()), dtype=torch.uint8)
         return out
+
+    def _questions(self, spec: TaskSpec) -> Questions | None:
+        """How a language model is asked, if the task says so."""
+        if spec.score is None:
+            return None
+        backbone = self.backbone
+        assert isinstance(backbone, LanguageBackbone)
+        # The default is for texts of which a feature is made; half a question is none.
+        tokens = self.spec.tokens if "tokens" in self.spec.model_fields_set else None
+        return Questions(spec, backbone, tokenizer_of(folder(self._base)), tokens)
 
     def _task(self, name: str) -> TaskSpec:
         for task in self.spec.task:
@@ -200,7 +217,7 @@ class Declared(Testbed):
         """What ``unmergebench show`` prints; reads neither weights nor data."""
         spec = self.spec
         given = spec.model_dump(mode="json", exclude_unset=True)
-        tasks = {t.name: f"{t.data} ({t.head})" for t in spec.task}
+        tasks = {t.name: f"{t.data} ({t.score or t.head})" for t in spec.task}
         recipe = {k: v for k, v in spec.recipe.model_dump(mode="json").items() if v}
         rest = {k: v for k, v in given.items() if k not in ("name", "task", "recipe", "summary")}
         summary = spec.summary or self.card.summary
@@ -238,34 +255,3 @@ def _sha256(content: Any) -> str:
 
 def _prepared(backbone: Backbone, rows: Rows) -> Split:
     return Split(backbone.prepare(rows.inputs), torch.tensor(rows.labels, dtype=torch.int64))
-
-
-def _divide(parts: Mapping[Part, Split], validation: int) -> dict[Part, Split]:
-    """Disjoint splits: of rows that look alike to the model one is kept, in test before the others.
-
-    Without a validation split the first ``validation`` rows of train, at most a fifth, become one.
-    """
-    seen: set[bytes] = set()
-    out: dict[Part, Split] = {}
-    for part in ("test", "validation", "train"):
-        if part not in parts:
-            continue
-        rows = []
-        for row, identity in enumerate(_identities(parts[part])):
-            if identity not in seen:
-                seen.add(identity)
-                rows.append(row)
-        out[part] = parts[part][torch.tensor(rows, dtype=torch.int64)]
-    if "validation" not in out:
-        held = min(validation, len(out["train"]) // 5)
-        out["validation"], out["train"] = out["train"][:held], out["train"][held:]
-    return out
-
-
-def _identities(split: Split) -> list[bytes]:
-    """A hash of each row's inputs."""
-    columns = [split.inputs[key].contiguous().numpy() for key in sorted(split.inputs)]
-    return [
-        hashlib.sha256(b"".join(column[row].tobytes() for column in columns)).digest()
-        for row in range(len(split))
-    ]

@@ -28,7 +28,7 @@ def open_clip_texts(path: Path, texts: Sequence[str]) -> Tensor:
 def clip_texts(path: Path, texts: Sequence[str]) -> Tensor:
     """Unit embeddings by the text tower of a transformers CLIP folder, (n, d)."""
     model: Any = load(path).model
-    tokenizer = _tokenizer(path)
+    tokenizer = tokenizer_of(path)
     length = model.config.text_config.max_position_embeddings
 
     def embed(chunk: list[str]) -> Tensor:
@@ -48,13 +48,21 @@ def _in_chunks(
     return nn.functional.normalize(torch.cat(parts).float(), dim=-1)
 
 
-def _tokenizer(path: Path) -> Any:
+def tokenizer_of(path: Path) -> Any:
+    """The tokenizer of a folder; it pads with its end of text where it names nothing else.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        found = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has no usable tokenizer: {first_line(error)}") from None
+    if found.pad_token is None:
+        found.pad_token = found.eos_token  # most decoders were trained without padding
+    return found
 
 
 def tokenize(path: Path, tokens: int, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -63,7 +71,13 @@ def tokenize(path: Path, tokens: int, texts: Sequence[str]) -> dict[str, Tensor]
     Raises:
         CheckpointError: the folder has none.
     """
-    made = _tokenizer(path)(
+    tokenizer = tokenizer_of(path)
+    if tokenizer.pad_token is None:
+        raise CheckpointError(
+            f"{path}: its tokenizer has neither a pad nor an eos token; name one in "
+            "tokenizer_config.json"
+        )
+    made = tokenizer(
         [text[: 200 * tokens] for text in texts],  # what is cut off anyway need not be read
         padding="max_length",
         truncation=True,
