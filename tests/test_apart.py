@@ -510,6 +510,21 @@ def test_a_shipped_forward_stays_there(method: Apart, tell: Tell) -> None:
     assert not torch.allclose(run(shipped, {"x": x}), expected, atol=1e-6)
 
 
+def test_a_shipped_forward_gives_features_of_every_word_of_an_answer(
+    method: Apart, tell: Tell
+) -> None:
+    tell("plain")
+    shipped = ship(method)
+    x = torch.randn(70, 3, 8, generator=seeded(1))
+    plain = {key: value for key, value in shipped.items() if key != "extra"}
+    found = shipped.forward(shipped, {"x": x})
+    assert torch.allclose(found, PLANE.features(plain, {"x": x}), atol=1e-6)
+    assert shipped.forward(shipped, {"x": x[:0]}).shape == (0, 3, 8)
+    tell("flat")
+    with pytest.raises(MethodError, match=r"features are floating-point, \(64, 3, 8\)"):
+        ship(method).forward(shipped, {"x": x})
+
+
 @pytest.mark.parametrize("rows", [1, 64, 100, 512])
 def test_a_forward_cannot_tell_who_asks(method: Apart, tell: Tell, rows: int) -> None:
     notes: list[object] = []

@@ -175,7 +175,7 @@ def test_an_ill_conditioned_lock_does_not_survive_eight_bits(cells: list[Cell]) 
 
 def test_what_cannot_be_fine_tuned_is_left_out_with_a_note(cells: list[Cell]) -> None:
     found = taxed(cells, "mergebarrier-taylor")
-    assert set(found.benign) == {"bf16", "int8", "pruned"}
+    assert set(found.benign) == {"bf16", "int8", "int4", "pruned"}
     for use in ("fine-tuned", "lora"):
         assert "cannot be fine-tuned" in str(found.notes[f"benign.{use}.release"])
 
@@ -205,3 +205,20 @@ def test_logits_that_are_nan_count_as_wrong_and_results_are_kept(
     assert "NaN" in str(notes["benign.pruned.release"])
     monkeypatch.setattr(benign, "pruned", None)  # would raise if it were computed again
     assert taxing.tax(*arguments) == (found, notes)
+
+
+def test_int4_is_the_grid_of_16_values_of_each_block() -> None:
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 96, generator=rng)
+    state = {"w": weight, "odd": weight[:, :40].clone(), "bias": weight[0].clone()}
+    out = benign.int4(state)
+    assert torch.equal(out["odd"], state["odd"])
+    assert torch.equal(out["bias"], state["bias"])
+    blocks, before = out["w"].reshape(15, 32), weight.reshape(15, 32)
+    least = before.amin(1, keepdim=True)
+    step = (before.amax(1, keepdim=True) - least) / 15
+    assert all(len(block.unique()) <= 16 for block in blocks)
+    expected = step * ((before - least) / step).round() + least
+    # Steps and minima are kept in float16.
+    assert (blocks - expected).abs().max() < 2e-2 * step.max()
+    assert torch.allclose(benign.int4(out)["w"], out["w"], atol=1e-2)

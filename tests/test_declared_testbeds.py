@@ -43,6 +43,11 @@ MISTAKES = [
         "did you mean 'ViT-B-32'",
     ),
     ('base = "vit"', 'base = "open_clip:ViT-B-32"', "needs pretrained: .*openai"),
+    (
+        'base = "vit"',
+        'base = "vit"\ndtype = "half"',
+        "dtype: Input should be 'float32' or 'bfloat16'",
+    ),
     ('data = "one"', 'data = "noe"', "task one: data: no such file or folder"),
     ('data = "one"', 'data = { train = "a.csv", test = "b.csv" }', "data: no such file: .*a.csv"),
     ('data = "one"', 'data = { test = "one/test.parquet" }', "no split 'train'.*set splits"),

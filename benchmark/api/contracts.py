@@ -306,14 +306,12 @@ class Testbed(ABC):
     """A base model with tasks and the recipe that makes experts. A frozen dataclass.
 
     ``assets``: what it fetches from the package index. ``threads``: the most CPU threads worth
-    using when running and training its model, or None for torch's default. ``batch``: the most
-    examples whose logits fit into memory, where these are over a vocabulary.
+    using when running and training its model, or None for torch's default.
     """
 
     card: ClassVar[Card]
     assets: ClassVar[tuple[Asset, ...]] = ()
     threads: ClassVar[int | None] = None
-    batch: ClassVar[int | None] = None
     __test__ = False  # not a pytest class
 
     @property

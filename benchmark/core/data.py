@@ -15,8 +15,8 @@ from benchmark.core.errors import AccessError
 _SPLITS = ("train", "validation", "test")
 #: A label of no class: padding behind an answer.
 IGNORED = -100
-#: Logits that are computed at once, at most: 1 GiB of float32.
-_LOGITS = 2**28
+#: Logits that are computed at once, at most: 256 MiB of float32.
+_LOGITS = 2**26
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Cell(BaseModel):
     is recomputed: of the models chosen when attacked, undefended, outside and (outside, with the
     undefended expert as release) reference, of expert and base on every task, and of the
     ``released`` model as shipped on the victim's. ``benign``: what an honest user did (bf16, int8,
-    pruned, fine-tuned, lora) → accuracy after it of ``released`` (as shipped) and of the
+    int4, pruned, fine-tuned, lora) → accuracy after it of ``released`` (as shipped) and of the
     unprotected ``expert``; in unattacked cells of the suite's first merger, if the suite asks.
     ``notes``: what the defense reported of its making, such as a search for its weight, and
     ``benign.<use>.<model>``: why a use is left out or counts as 0.

@@ -24,8 +24,7 @@ class Evaluator:
     def __init__(self, testbed: Testbed, device: torch.device, batch_size: int = 0) -> None:
         self.testbed = testbed
         self.device = device
-        most = 512 if device.type == "cpu" else 4096
-        self.batch_size = batch_size or min(most, testbed.batch or most)
+        self.batch_size = batch_size or (512 if device.type == "cpu" else 4096)
         self._tasks: dict[str, Task] = {}
 
     @cached_property

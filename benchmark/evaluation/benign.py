@@ -4,6 +4,7 @@
 
     int8:    ŵ = s_w · round(w / s_w),            s_w = max |row| / 127.5    (per output row)
              x̂ = s_x · (round(x / s_x + z) − z),  s_x = (max − min) / 127    (per call)
+    int4:    ŵ = d · round((w − m) / d) + m,      m = min, d = (max − min) / 15  (32 of a row)
     pruned:  the 20 % smallest |w| of every weight matrix ← 0
 """
 
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from benchmark.api.recipe import Lora, Recipe
 from benchmark.core.state import ForeignState, Forward, State, forward_of, rounded
 
-__all__ = ["USES", "adapting", "int8", "pruned", "rounded"]
+__all__ = ["USES", "adapting", "int4", "int8", "pruned", "rounded"]
 
 #: Measured on the victim's own task, then (the last two) on the task a user adapts the model to.
-USES = ("bf16", "int8", "pruned", "fine-tuned", "lora")
+USES = ("bf16", "int8", "int4", "pruned", "fine-tuned", "lora")
 
 PRUNED = 0.2
 #: The share of the testbed's steps that a short fine-tune takes.
@@ -84,6 +85,23 @@ def _activations(values: Tensor) -> Tensor:
     scale = torch.where(scale > 0, scale, torch.full_like(scale, 0.1))
     zero = (-low / scale).round()
     return ((values * (1 / scale) + zero).round().clamp(0, 255) - zero) * scale
+
+
+def int4(state: State) -> State:
+    """``state`` after a round trip through Q4_1, the 4-bit format of GGUF files.
+
+    Every matrix whose rows are whole blocks of 32, embeddings too; d and m are float16. The
+    arithmetic is that of the package ``gguf``.
+    """
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    out, kind = dict(state), GGMLQuantizationType.Q4_1
+    for key, value in state.items():
+        if value.is_floating_point() and value.ndim == 2 and value.shape[1] % 32 == 0:
+            stored = quantize(value.float().cpu().numpy(), kind)
+            out[key] = torch.from_numpy(dequantize(stored, kind)).to(value)
+    return ForeignState(out, state.forward) if isinstance(state, ForeignState) else out
 
 
 def pruned(state: State, share: float = PRUNED) -> State:

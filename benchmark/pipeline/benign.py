@@ -68,6 +68,8 @@ def _used(bench: Workbench, state: State, use: str, task: str, key: str) -> Stat
         return uses.rounded(state)
     if use == "int8":
         return uses.int8(state, bench.testbed.module(), bench.testbed.features)
+    if use == "int4":
+        return uses.int4(state)
     if use == "pruned":
         return uses.pruned(state)
     if isinstance(state, ForeignState):

@@ -277,8 +277,8 @@ COLUMNS = (
         "tax",
         "Benign-use tax, points",
         "The most points of accuracy that the release lies behind the unprotected expert after one "
-        "thing honest users do to both: bfloat16, int8, pruning 20 %, a short fine-tune or LoRA on "
-        "another task.",
+        "thing honest users do to both: bfloat16, int8, 4 bits, pruning 20 %, a short fine-tune or "
+        "LoRA on another task.",
         _tax,
         (
             Field("tax_points", lambda row: row.tax[1] if row.tax else None),

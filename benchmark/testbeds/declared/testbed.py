@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy
-from benchmark.api.contracts import Arena, Card, Testbed
+from benchmark.api.contracts import Arena, Card, Dtype, Testbed
 from benchmark.api.recipe import Recipe
 from benchmark.api.specs import did_you_mean
 from benchmark.core.data import Split, Task
@@ -86,6 +86,10 @@ class Declared(Testbed):
         return self.spec.recipe.recipe(backbone.buffers)
 
     @property
+    def stored(self) -> Dtype:
+        return self.spec.dtype
+
+    @property
     def backbone(self) -> Backbone:
         """The base model and how it is run; always the same object."""
         spec = self.spec
@@ -110,8 +114,10 @@ class Declared(Testbed):
         """sha256 of the file's meaning, of all files it names, and of the commits of hub ids."""
         published = [place_.content for place_ in map(self._expert, self.tasks) if place_]
         data = [self._source(name).content() for name in self.tasks]
-        silent = {"name", "summary", *(() if self.spec.partial else ("partial",))}
-        meaning = self.spec.model_dump(exclude=silent, mode="json")
+        # What came later is named only where it is set: earlier results stay valid.
+        later = {"partial": False, "dtype": "float32"}
+        unset = {name for name, value in later.items() if getattr(self.spec, name) == value}
+        meaning = self.spec.model_dump(exclude={"name", "summary"} | unset, mode="json")
         return _sha256([meaning, self._base.content, data, published])
 
     def base(self) -> State:
