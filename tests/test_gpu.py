@@ -90,6 +90,7 @@ def test_the_order_of_an_epoch_goes_to_the_device_once(monkeypatch: pytest.Monke
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("spec", TESTBEDS)
 def test_training_never_waits_for_the_gpu(spec: str) -> None:
     testbed, task = on_testbed(spec)
