@@ -16,7 +16,7 @@ from disk import tensors, write
 from safetensors.torch import save_file
 
 from benchmark.core.errors import CheckpointError
-from benchmark.core.state import State
+from benchmark.core.state import State, rounded_again
 from benchmark.io import folders
 from benchmark.io.fitting import check_fits
 from benchmark.io.inputs import outputs, valid_inputs
@@ -265,3 +265,37 @@ def test_a_config_of_a_billion_layers_is_refused_at_once(bases: Path, tmp_path: 
         folder = edited(bases / name, tmp_path / name, **{field: 10**9})
         with pytest.raises(CheckpointError, match="asks for 1000000000 layers"):
             folders.load(folder)
+
+
+def test_in_half_precision_exactness_is_not_told_from_rounding(tmp_path: Path, cli: Cli) -> None:
+    """An exact lock on a folder in bfloat16 moves outputs, and no more than rounding does."""
+    base = write("llama", tmp_path / "f32")
+    origin = folders.load(base)
+    for name, state in {
+        "base": origin.state,
+        "expert": zoo.perturbed(origin.state, 0.05, 1),
+    }.items():
+        folders.save(dict(state), origin, tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        save_file({k: v.bfloat16() for k, v in tensors(file).items()}, file, {"format": "pt"})
+    code, done = protect(cli, tmp_path / "expert", tmp_path / "base", tmp_path / "out")
+    assert code == 0
+    assert done["exact"]
+    assert done["logit_gap"] == done["bfloat16_gap"]["released"] > 1e-4
+    assert done["bfloat16_gap"]["expert"] > 1e-4
+    assert "not-equivalent" not in done["flags"]
+
+
+def test_another_rounding_has_the_error_of_a_rounding() -> None:
+    rng = torch.Generator().manual_seed(0)
+    numbers = torch.randn(200_000, generator=rng)
+    state = {"half": numbers.bfloat16(), "single": numbers, "count": torch.arange(3)}
+    again = rounded_again(state, rng)
+    assert again["single"] is numbers
+    assert again["count"] is state["count"]
+    error = (again["half"].float() - state["half"].float()).square().mean()
+    expected = (numbers.bfloat16().float() - numbers).square().mean()
+    assert float(error / expected) == pytest.approx(1.0, abs=0.1)
+    moved = again["half"] != state["half"]
+    assert float(moved.float().mean()) == pytest.approx(1 / 12, abs=0.005)
+    assert ((again["half"] > state["half"]) & moved).float().sum() > moved.sum() / 3

@@ -74,7 +74,7 @@ def protect(
     from benchmark.cli import adapters
     from benchmark.cli.single import RUN, changed, check_result, needs_data, report, victim
     from benchmark.core.device import resolve
-    from benchmark.core.state import norm_growth, rounded, to_device
+    from benchmark.core.state import half, norm_growth, rounded, rounded_again, to_device
     from benchmark.evaluation import probe
     from benchmark.evaluation.flags import PARTLY_COVERED, of_release
     from benchmark.io import folders
@@ -106,10 +106,14 @@ def protect(
         check_result(released, theta0, method.spec)
         step("comparing outputs")
         gap = probe.gap(source, theta, released)
-        rounding = {
-            "expert": probe.gap(source, theta, rounded(theta)),
-            "released": probe.gap(source, released, rounded(released)),
-        }
+        if half(theta):  # what the method does and what rounding does to it are one figure
+            other = rounded_again(theta, torch.Generator().manual_seed(0))
+            rounding = {"expert": probe.gap(source, theta, other), "released": gap}
+        else:
+            rounding = {
+                "expert": probe.gap(source, theta, rounded(theta)),
+                "released": probe.gap(source, released, rounded(released)),
+            }
         growth = norm_growth(released, theta)
         step("writing")
         written = adapters.write(
@@ -119,7 +123,7 @@ def protect(
     raised = of_release(
         method.method.card,
         anatomy.qk_gauge,
-        gap,
+        None if half(theta) else gap,
         growth,
         rounding["released"],
         rounding["expert"],
