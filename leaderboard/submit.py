@@ -194,9 +194,13 @@ def _write(into: Path, entry: Entry) -> Submitted:
     """
     older = list(_versions(into, entry))
     known = [before for before in older if _same(before, entry)]
-    number = known[-1].version if known else f"{entry.suite.name}-{_next(into, entry)}"
-    entry = entry.model_copy(update={"version": number})
-    path = folder.path_of(into, entry) if known else folder.write(into, entry)
+    if known:
+        entry = known[-1]
+        path = folder.path_of(into, entry)
+    else:
+        number = f"{entry.suite.name}-{_next(into, entry)}"
+        entry = entry.model_copy(update={"version": number})
+        path = folder.write(into, entry)
     for before in older:
         if before.stands and before.version != entry.version:
             folder.write(into, before.model_copy(update={"superseded_by": entry.version}))
@@ -207,8 +211,8 @@ def _write(into: Path, entry: Entry) -> Submitted:
 
 
 def _same(one: Entry, other: Entry) -> bool:
-    """Whether two entries say the same and the first still stands."""
-    silent = {"version", "superseded_by"}
+    """Whether two entries say the same, whenever that was, and the first still stands."""
+    silent = {"version", "superseded_by", "created"}
     return one.stands and one.model_dump(exclude=silent) == other.model_dump(exclude=silent)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.paths import cache
 from benchmark.pipeline import suite as suites
 from leaderboard import folder, shared
+from leaderboard import submit as submitting
 from leaderboard.cli import build
 from leaderboard.rerun import empty_store
 from leaderboard.submit import Incomplete, submit
@@ -182,6 +185,14 @@ def test_a_submission_that_was_killed_is_finished_not_made_again(
         done.append(entry)
         return write(home, entry)
 
+    clock = itertools.count()
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=next(clock))
+
+    monkeypatch.setattr(submitting, "datetime", Later)
     monkeypatch.setattr(folder, "write", killed)
     if writes == 1:
         with pytest.raises(KeyboardInterrupt):
