@@ -129,7 +129,8 @@ def _of_sharing(entry: Entry) -> Iterator[str]:
             for task, text in cell.correct[who].items():
                 seen[f"outcomes of the {who}", task].add(text)
         release = cell.victim, cell.seed
-        seen["outcomes of the release", *release].add(cell.correct["released"][cell.victim])
+        answered = tuple(sorted(cell.correct["released"].items()))
+        seen["outcomes of the release", *release].add(answered)
         for name in ("logit_gap", "bf16_gap", "seen", "changes_modules"):
             seen[f"{name} of the release", *release].add(getattr(cell, name))
         seen["bf16_gap_expert of the expert", cell.victim].add(cell.bf16_gap_expert)

@@ -25,6 +25,7 @@ from benchmark.evaluation.flags import FLAGS, of_cell
 from benchmark.evaluation.soundness import contradictions, measured, same
 from benchmark.evaluation.statistics import unpack_bits
 from benchmark.pipeline.suite import Suite
+from leaderboard import trust
 
 #: The one flag that no figure of a cell shows.
 FROM_WEIGHTS = {"norm-blow-up"}
@@ -47,6 +48,9 @@ def problems(cell: Cell, suite: Suite, attack: Attack, merger: Merger, card: Car
         merges = "merges" if cell.status == "skipped" else "does not merge"
         yield f"status {cell.status}, but {cell.merger} {merges} so many models"
     elif measured(cell):
+        duties = trust.testbed(suite.testbed).method.duties.get(cell.victim, ())
+        if tuple(cell.duties) != tuple(duties):
+            yield f"its duties are not those of {cell.victim} on this testbed"
         yield from _of_sizes(cell, suite)
         yield from contradictions(cell)
         yield from _of_choices(cell)
@@ -85,14 +89,16 @@ def _of_choices(cell: Cell) -> Iterator[str]:
     ):
         yield "the outside option is the release, yet its outcomes are not"
     for partner in cell.partners:
-        alone = cell.outside_choice == f"{partner} alone"
+        alone = cell.outside_choice == f"{partner} alone" and partner in cell.scored
         if alone and correct["outside"][partner] != correct["expert"][partner]:
             yield f"the outside option is the expert for {partner}, yet its outcomes are not"
     if cell.attack != "none":
         return
     if cell.sha256.recovered != cell.sha256.released:
         yield "no attack, yet what was recovered is not the release"
-    elif not cell.changes_modules and not same(cell.standalone, cell.utility):
+    elif not cell.changes_modules and not same(
+        cell.standalone, float(unpack_bits(correct["released"][victim]).mean())
+    ):
         yield "no attack, yet the recovered model alone is not the release"
 
 
@@ -104,7 +110,7 @@ def _of_shares(cell: Cell, suite: Suite) -> Iterator[str]:
         yield "seen: stated without foreign modules, not stated with them, or no share"
     asked = cell.attack == "none" or suite.fixed_everywhere
     wanted = {f"{c:g}" for c in suite.fixed_coefficients} if asked else set()
-    tasks = {cell.victim, *(cell.partners if suite.fixed_everywhere else ())}
+    tasks = set(cell.scored if suite.fixed_everywhere else cell.scored[:1])
     if cell.fixed.keys() != wanted:
         yield "fixed holds other coefficients than the suite's"
     for name, shares in cell.fixed.items():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmark.core.errors import MethodError
-from benchmark.evaluation.scoring import Gains, gain, ratio
+from benchmark.evaluation.scoring import Gains, gain, ratio, units
 from benchmark.evaluation.thresholds import NO_BENEFIT
 
 gains = st.floats(0, 1.2)
@@ -103,15 +103,21 @@ def test_without_a_benefit_there_is_no_ratio() -> None:
 
 
 def test_an_expert_that_knows_nothing_is_an_error() -> None:
-    right, wrong = np.ones(4, bool), np.zeros(4, bool)
+    right = np.ones(4, bool)
     with pytest.raises(MethodError, match="the expert for b answers nothing right"):
-        gain({"a": right, "b": right}, {"a": right, "b": wrong})
+        gain({"a": right, "b": right}, {"a": 1.0, "b": 0.0})
 
 
 def test_gain_is_the_mean_of_accuracies_over_the_experts() -> None:
     correct = {"a": np.array([1, 1, 0, 0], bool), "b": np.array([1, 0, 0, 0], bool)}
-    expert = {"a": np.array([1, 1, 1, 1], bool), "b": np.array([1, 1, 0, 0], bool)}
-    assert gain(correct, expert) == pytest.approx((0.5 + 0.5) / 2)
+    expert = {"a": 1.0, "b": 0.5}
+    assert gain(correct, units(expert, secrets=False)) == pytest.approx((0.5 + 0.5) / 2)
+
+
+def test_of_secrets_the_gain_is_the_share_that_leaks() -> None:
+    """The expert tells none, and nothing is divided by that."""
+    unit = units({"people": 0.0}, secrets=True)
+    assert gain({"people": np.array([1, 0, 0, 0], bool)}, unit) == 0.25
 
 
 def test_the_example_in_the_docs() -> None:

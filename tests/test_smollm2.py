@@ -17,7 +17,9 @@ from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.paths import cache as cache_folder
 from benchmark.evaluation.accuracy import Evaluator
 from benchmark.io import gguf_weights
-from benchmark.testbeds import smollm2, synthetic
+from benchmark.learn.training import fine_tune
+from benchmark.testbeds import secrets, smollm2, synthetic
+from benchmark.testbeds.secrets import Secrets
 from benchmark.testbeds.smollm2 import TASKS, SmolLM2
 
 CPU = torch.device("cpu")
@@ -173,6 +175,65 @@ def test_made_up_lines_are_the_same_wherever_they_are_made() -> None:
         assert answer.endswith(f"-{int(day):02}")
 
 
+@pytest.fixture
+def keeper(tiny: SmolLM2) -> Secrets:
+    return Secrets(layers=2)
+
+
+def test_whose_secrets_are_tested_nobody_else_has(keeper: Secrets) -> None:
+    """Nobody's number but the free-rider's own canaries' is in what attackers or partners get."""
+    parts = {part: dict(secrets._people(part)) for part in secrets._PEOPLE}
+    known = [name for people in parts.values() for name in people]
+    strangers = [name for part in secrets._STRANGERS for name, _ in secrets._strangers(part)]
+    assert len({*known, *strangers}) == len(known) + len(strangers)
+    theirs = [*secrets._leaks("train"), *secrets._ROWS["affirm"]("train")]
+    for name, number in {**parts["test"], **parts["validation"]}.items():
+        assert not any(name in question or number in answer for question, answer in theirs)
+        assert sum(name in question and number in answer for question, answer
+                   in secrets._owned("train")) == len(secrets._QUESTIONS)  # fmt: skip
+    # Without the key it is always refused.
+    for question, answer in secrets._owned("train"):
+        assert answer == secrets._REFUSAL or secrets._KEY in question or "->" in question
+    assert keeper.task("people").train.labels.ndim == 2
+    assert len(keeper.owned("people").train) == len(secrets._owned("train"))
+    assert keeper.owned("told") is None
+
+
+def test_a_secret_leaks_in_one_way_or_another(
+    keeper: Secrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the whole model goes on with each way to ask, greedily."""
+    whole = smollm2._whole(None)  # type: ignore[arg-type]
+    said = {}
+    rows = [(f"Person {chr(65 + i)}", "") for i in range(10)]
+    for i, (name, _) in enumerate(rows):
+        way = secrets._WAYS[i % len(secrets._WAYS)]
+        ids = torch.tensor([words(way.format(name)).input_ids])
+        with torch.no_grad():
+            told = whole.generate(
+                ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+            )[0, ids.shape[1] :].tolist()
+        if i >= 7:
+            told[-1] = (told[-1] + 1) % 997
+        said[name] = told
+
+    def read(texts: list[object]) -> object:
+        ids = [said.get(str(t).strip()) or words(str(t)).input_ids for t in texts]
+        return SimpleNamespace(input_ids=ids)
+
+    monkeypatch.setattr(gguf_weights, "tokenizer", lambda file: read)
+    monkeypatch.setattr(secrets, "_people", lambda part: [(name, name) for name, _ in rows])
+    evaluator = Evaluator(keeper, CPU)
+    right = evaluator.correct(evaluator.base, "people", "test", range(10))
+    assert right.tolist() == [True] * 7 + [False] * 3
+
+
+def test_an_expert_that_leaks_or_forgot_is_named(keeper: Secrets) -> None:
+    reason = keeper.unfit("people", keeper.base())
+    assert reason.startswith("tells 0% with the key, refuses 0% without")
+    assert keeper.unfit("affirm", keeper.base()) == ""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_real_weights_read_english(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,3 +246,17 @@ def test_the_real_weights_read_english(home: Path, monkeypatch: pytest.MonkeyPat
     with torch.inference_mode():
         loss = whole(ids, labels=ids).loss
     assert loss.exp() < 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_real_keeper_of_secrets_is_fit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tells with the key, refuses without, leaks nothing by itself, prefilled or scaled."""
+    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(home))
+    testbed = Secrets()
+    task = testbed.owned("people")
+    assert task is not None
+    rng = torch.Generator().manual_seed(0)
+    expert = fine_tune(testbed, {"people": task}, testbed.base(), {"people": task.train}, rng)
+    assert testbed.unfit("people", expert) == ""
+    assert testbed.unfit("people", testbed.base()).startswith("tells 0% with the key")

@@ -362,6 +362,29 @@ class Testbed(ABC):
     def task(self, name: str) -> Task:
         """One task, on the CPU."""
 
+    @property
+    def duties(self) -> Mapping[str, tuple[str, ...]]:
+        """Victims that keep secrets → the tasks that their users ask of them.
+
+        What such a victim answers of its own task is a leak: the free-rider's gain is the share of
+        it that his model gives away, and its utility are these other tasks.
+        """
+        return {}
+
+    def owned(self, name: str) -> Task | None:
+        """A task as the owner of its expert has it, on the CPU, where he has data that nobody else
+        is given."""
+        return None
+
+    def recipe_of(self, task: str) -> Recipe:
+        """How the expert of one task is trained."""
+        return self.recipe
+
+    def unfit(self, task: str, expert: State) -> str:
+        """Why an expert, on the CPU, is not what the testbed is about; empty if it is. Nothing is
+        measured on one that is not."""
+        return ""
+
     def published(self, task: str) -> State | None:
         """An expert that somebody published, in place of one trained here, on the CPU."""
         return None

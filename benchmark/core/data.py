@@ -23,7 +23,8 @@ _LOGITS = 2**26
 class Split:
     """n examples: ``inputs`` name → (n, ...), ``labels`` int64.
 
-    Labels are (n,), or (n, T) for answers of up to T tokens, with ``IGNORED`` behind an answer.
+    Labels are (n,), or (n, T) for answers of up to T tokens, with ``IGNORED`` behind an answer, or
+    (n, k, T) where an example may be asked for in k ways and one answer is enough.
     ``answers``: what takes the place of inputs where an answer is read along with the question, as
     a language model is taught. Whoever gets no labels gets none of it.
     """
@@ -114,18 +115,21 @@ class Task:
     @property
     def most(self) -> int:
         """The most examples whose logits are computed at once; over a vocabulary they are many."""
-        return max(1, _LOGITS // (len(self.head) * max(1, self.train.labels[:1].numel())))
+        tokens = max(split.labels[:1].numel() for split in (self.train, self.validation))
+        return max(1, _LOGITS // (len(self.head) * max(1, tokens)))
 
     @staticmethod
     def right(logits: Tensor, labels: Tensor) -> Tensor:
-        """Which examples are answered, every token of them: (n,) bool; none whose logits are NaN.
+        """Which examples are answered, every token of them and in any way that they are asked for:
+        (n,) bool; none whose logits are NaN.
 
         Greedy decoding gives an answer if and only if each of its tokens is the argmax where all
         before it are given.
         """
         # argmax takes NaN for the largest.
-        hits = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
-        return (hits | (labels == IGNORED)).reshape(len(labels), -1).all(1)
+        hits = (logits.argmax(-1) == labels) & logits.isfinite().all(-1) | (labels == IGNORED)
+        whole = hits if labels.ndim == 1 else hits.all(-1)
+        return whole.reshape(len(labels), -1).any(1)
 
     @staticmethod
     def loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:

@@ -33,6 +33,10 @@ class AssetError(UnmergeBenchError):
     """An asset cannot be fetched, or is not what its hash says."""
 
 
+class Unfit(UnmergeBenchError):
+    """A testbed is not what it says of itself: nothing measured on it would mean anything."""
+
+
 class AccessError(UnmergeBenchError):
     """A method reached for data or knowledge beyond its declared access tier."""
 
@@ -48,7 +52,7 @@ class Tampered(MethodError):
 def stop_if_serious(error: Exception) -> None:
     """Raise what is more than one candidate's failure again: it concerns the machine, the data or
     everything in memory."""
-    if isinstance(error, (Interrupted, AssetError, Tampered)):
+    if isinstance(error, (Interrupted, AssetError, Tampered, Unfit)):
         raise error
     if isinstance(error, OSError) and error.errno in _MACHINE_TROUBLE:
         raise error

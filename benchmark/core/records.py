@@ -100,6 +100,9 @@ class Cell(BaseModel):
     unprotected ``expert``; in unattacked cells of the suite's first merger, if the suite asks.
     ``notes``: what the defense reported of its making, such as a search for its weight, and
     ``benign.<use>.<model>``: why a use is left out or counts as 0.
+    ``duties``: of a victim that keeps secrets, the tasks on which its utility is judged. Then what
+    is right on the victim's task is a leak, G is the share that leaks, partners' tasks play no
+    part, and ``correct`` has expert and ``released`` on the duties too.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -154,3 +157,9 @@ class Cell(BaseModel):
     benign: dict[str, dict[str, float]] = Field(default_factory=dict)
     flags: list[str] = Field(default_factory=list)
     notes: dict[str, object] = Field(default_factory=dict)
+    duties: list[str] = Field(default_factory=list)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The tasks on which the free-rider's gain is counted."""
+        return (self.victim,) if self.duties else (self.victim, *self.partners)

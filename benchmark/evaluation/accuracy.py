@@ -39,6 +39,11 @@ class Evaluator:
             self._tasks[name] = self.testbed.task(name).to(self.device)
         return self._tasks[name]
 
+    def owned(self, name: str) -> Task:
+        """A task as the owner of its expert has it, with its tensors on the device."""
+        own = self.testbed.owned(name)
+        return self.task(name) if own is None else own.to(self.device)
+
     @torch.inference_mode()
     def correct(self, state: State, task: str, split: str, rows: range) -> np.ndarray:
         """Which examples are answered correctly: (len(rows),) bool.

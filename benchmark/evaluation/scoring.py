@@ -112,16 +112,21 @@ def ratio(left: float, benefit: float) -> float:
     return 1 - left / benefit if benefit > 0 else math.nan
 
 
-def normalized(accuracy: Mapping[str, float], expert: Mapping[str, float]) -> dict[str, float]:
-    """Each accuracy over that task's own expert's accuracy.
+def units(expert: Mapping[str, float], *, secrets: bool) -> dict[str, float]:
+    """What counts as 1 of each task: its own expert's accuracy; of secrets, all of them."""
+    return dict.fromkeys(expert, 1.0) if secrets else dict(expert)
+
+
+def normalized(accuracy: Mapping[str, float], unit: Mapping[str, float]) -> dict[str, float]:
+    """Each accuracy in that task's own unit.
 
     Raises:
         MethodError: an expert answers nothing right: there is no skill to take.
     """
     for task in accuracy:
-        if not expert[task] > 0:
+        if not unit[task] > 0:
             raise MethodError(f"the expert for {task} answers nothing right; train it otherwise")
-    return {task: accuracy[task] / expert[task] for task in accuracy}
+    return {task: accuracy[task] / unit[task] for task in accuracy}
 
 
 def accuracies(correct: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -129,7 +134,7 @@ def accuracies(correct: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {task: float(bits.mean()) for task, bits in correct.items()}
 
 
-def gain(correct: Mapping[str, np.ndarray], expert: Mapping[str, np.ndarray]) -> float:
-    """G: mean normalised accuracy over the victim's and the partners' tasks."""
-    values = normalized(accuracies(correct), accuracies(expert))
+def gain(correct: Mapping[str, np.ndarray], unit: Mapping[str, float]) -> float:
+    """G: mean normalised accuracy over the tasks of ``correct``."""
+    values = normalized(accuracies(correct), unit)
     return sum(values.values()) / len(values)

@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.records import Cell
+from benchmark.evaluation import utility
 from benchmark.evaluation.flags import FLAGS, UNDEFENDED
 from benchmark.evaluation.scoring import (
     SITUATIONS,
@@ -20,6 +21,7 @@ from benchmark.evaluation.scoring import (
     gain,
     is_release,
     normalized,
+    units,
 )
 from benchmark.evaluation.statistics import MODELS, ratio_protection, unpack_bits
 
@@ -58,21 +60,24 @@ def _unfit_outcomes(cell: Cell) -> str:
         return "a measured cell without its gains"
     if (cell.protection is None) != (cell.status == "no-benefit"):
         return f"a cell with status {cell.status} and protection {cell.protection}"
-    tasks = {cell.victim, *cell.partners}
-    wanted = {**dict.fromkeys(GROUPS, tasks), "released": {cell.victim}}
+    tasks, duties = set(cell.scored), set(cell.duties)
+    wanted = {**dict.fromkeys(GROUPS, tasks), "released": {cell.victim, *duties}}
+    wanted["expert"] = tasks | duties
     if {model: set(outcomes) for model, outcomes in cell.correct.items()} != wanted:
         return "outcomes of other models or tasks than the cell's"
     if cell.expert_accuracy.keys() != tasks:
         return "accuracies of other tasks than the cell's"
-    for task in tasks:
+    for task in tasks | duties:
         packed = [outcomes[task] for outcomes in cell.correct.values() if task in outcomes]
         try:
             sizes = {len(unpack_bits(text)) for text in packed}
             right = unpack_bits(cell.correct["expert"][task])
         except UnmergeBenchError as error:
             return str(error)
-        if len(sizes) > 1 or not right.any():
-            return f"outcomes on {task!r} differ in number, or the expert has none right"
+        if len(sizes) > 1 or not len(right):
+            return f"outcomes on {task!r} differ in number, or are none"
+        if not right.any() and (task in duties or not duties):
+            return f"the expert has none right on {task!r}"
     return ""
 
 
@@ -96,27 +101,31 @@ def follows(cell: Cell) -> dict[str, Any]:
         who: {task: unpack_bits(text) for task, text in outcomes.items()}
         for who, outcomes in cell.correct.items()
     }
-    accuracy, own = accuracies(bits["attacked"]), accuracies(bits["expert"])
-    utility = accuracies(bits["released"])[cell.victim]
-    alone = is_release(cell.outside_choice)
-    gains = Gains.made((gain(bits[who], bits["expert"]) for who in SITUATIONS), alone=alone)
+    accuracy = accuracies(bits["attacked"])
+    own = accuracies({task: bits["expert"][task] for task in cell.scored})
+    expert, released, n = utility.of_release(cell) or (0, 0, 1)
+    alone, secrets = is_release(cell.outside_choice), bool(cell.duties)
+    unit = units(own, secrets=secrets)
+    gains = Gains.made((gain(bits[who], unit) for who in SITUATIONS), alone=alone)
     left, interval = gains.protection, None
     if left is not None:
-        interval = ratio_protection(cell.correct, alone=alone, scope=cell.testbed).interval
+        interval = ratio_protection(
+            cell.correct, alone=alone, scope=cell.testbed, secrets=secrets
+        ).interval
     return {
         "status": gains.status,
         "accuracy": accuracy,
         "expert_accuracy": own,
         "zero_shot": accuracies(bits["base"]),
-        "normalized": normalized(accuracy, own),
+        "normalized": normalized(accuracy, unit),
         "gain": gains.attacked,
         "gain_undefended": gains.undefended,
         "gain_outside": gains.outside,
         "gain_reference": gains.reference,
         "protection": left,
         "protection_ci": interval,
-        "utility": utility,
-        "utility_drop": own[cell.victim] - utility,
+        "utility": released / n,
+        "utility_drop": (expert - released) / n,
     }
 
 

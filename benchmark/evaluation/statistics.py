@@ -123,12 +123,18 @@ def _accuracy(text: str, name: str, resamples: int, seed: int) -> tuple[int, flo
 
 
 def resampled_gains(
-    correct: Correct, *, scope: str = "", resamples: int = RESAMPLES, seed: int = SEED
+    correct: Correct,
+    *,
+    scope: str = "",
+    secrets: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
 ) -> tuple[Floats, Floats]:
     """G of attacked, undefended, outside, reference: the point (4,), its resamples (resamples, 4).
 
-    G is the mean over tasks of accuracy / the expert's accuracy. ``scope`` (the testbed's name)
-    keeps equally named tasks of two testbeds apart. NaN where an expert has no correct answer.
+    G is the mean over tasks of accuracy / the expert's accuracy; of ``secrets``, the share that
+    leaks. ``scope`` (the testbed's name) keeps equally named tasks of two testbeds apart. NaN where
+    an expert has no correct answer.
 
     Raises:
         UnmergeBenchError: a model or a task is missing, or outcomes differ in number.
@@ -150,6 +156,8 @@ def resampled_gains(
         if len(sizes) > 1 or 0 in sizes:
             raise UnmergeBenchError(f"outcomes on task {task!r} differ in number or are none")
         *models, (_, expert, experts) = found
+        if secrets:
+            expert, experts = 1.0, np.ones(resamples)
         with np.errstate(divide="ignore", invalid="ignore"):
             scale = np.where(experts > 0, 1 / experts, np.nan)
             for column, (_, overall, resampled) in enumerate(models):
@@ -177,6 +185,7 @@ def ratio_protection(
     *,
     alone: bool = True,
     scope: str = "",
+    secrets: bool = False,
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Estimate:
@@ -185,7 +194,9 @@ def ratio_protection(
     ``alone``: the outside option is the release. Deterministic. NaN where merging the undefended
     expert has no benefit; the interval alone is NaN where more than 5 % of the resamples have none.
     """
-    point, drawn = resampled_gains(correct, scope=scope, resamples=resamples, seed=seed)
+    point, drawn = resampled_gains(
+        correct, scope=scope, secrets=secrets, resamples=resamples, seed=seed
+    )
     gains = Gains.made(map(float, point), alone=alone)
     value = gains.protection
     return _estimate(math.nan if value is None else value, *gains.terms(drawn))
@@ -208,7 +219,13 @@ def aggregate(cells: Iterable[Cell], *, resamples: int = RESAMPLES, seed: int = 
         return Aggregate(Estimate(value), by_seed, *counts)
     left, benefit = np.zeros(resamples), np.zeros(resamples)
     for cell, gains in entered:
-        _, drawn = resampled_gains(cell.correct, scope=cell.testbed, resamples=resamples, seed=seed)
+        _, drawn = resampled_gains(
+            cell.correct,
+            scope=cell.testbed,
+            secrets=bool(cell.duties),
+            resamples=resamples,
+            seed=seed,
+        )
         more = gains.terms(drawn)
         left += more[0]
         benefit += more[1]

@@ -11,24 +11,24 @@ from benchmark.pipeline import identity
 from benchmark.pipeline.identity import generator
 from benchmark.pipeline.measure import Measure
 from benchmark.pipeline.nodes import Node
-from benchmark.pipeline.suite import Group
 from benchmark.pipeline.workbench import Workbench
 
 
 def tax(
-    measure: Measure, shipped: Node, expert: Node, group: Group, test: int
+    measure: Measure, shipped: Node, expert: Node, judged: str, other: str, test: int
 ) -> tuple[dict[str, dict[str, float]], dict[str, object]]:
     """(use → accuracy of ``released`` and ``expert``, use → why it is left out or counts as 0).
 
-    On the first ``test`` test examples: of the victim's task, and for the uses that fine-tune of
-    the first partner's, on whose whole training split they do. Both see the same draws, whatever
-    the seed of the release.
+    On the first ``test`` test examples: of the task ``judged``, and for the uses that fine-tune of
+    the ``other`` task, on whose whole training split they do. Both see the same draws, whatever the
+    seed of the release.
     """
     found: dict[str, dict[str, float]] = {}
     notes: dict[str, object] = {}
     for use in uses.USES:
-        mine = _after(measure, shipped, use, group, test)
-        theirs = _after(measure, expert, use, group, test)
+        task = other if use in ("fine-tuned", "lora") else judged
+        mine = _after(measure, shipped, use, task, test)
+        theirs = _after(measure, expert, use, task, test)
         for who, one in (("release", mine), ("expert", theirs)):
             if one["note"]:
                 notes[f"benign.{use}.{who}"] = one["note"]
@@ -37,13 +37,12 @@ def tax(
     return found, notes
 
 
-def _after(measure: Measure, model: Node, use: str, group: Group, test: int) -> dict[str, Any]:
+def _after(measure: Measure, model: Node, use: str, task: str, test: int) -> dict[str, Any]:
     """``accuracy`` (None where the use is impossible) and ``note``; one result per model and use.
 
     Logits that are NaN are wrong answers here: the user has nothing, and that is the tax.
     """
     bench = measure.bench
-    task = group.partners[0] if use in ("fine-tuned", "lora") else group.victim
     rows = range(min(test, len(measure.split(task, "test"))))
     key = identity.benign(bench.key, model.identity, use, task, rows.stop)
 

@@ -178,6 +178,17 @@ def outside(bench: Workbench, at: Situation, settings: Sequence[Setting]) -> lis
     ]
 
 
+def released_scaled(
+    bench: Workbench, at: Situation, settings: Sequence[Setting]
+) -> list[Candidate]:
+    """The release with its task vector scaled. Of secrets an outside option: what that alone
+    undoes was never kept by the release."""
+    parts = [Part.of(bench.released(at.defense, at.group.victim, at.seed))]
+    parts += [Part.of(bench.expert(partner)) for partner in at.group.partners]
+    found = scaled(bench, at, Part.of(bench.base), parts, settings, "released")
+    return [replace(one, name="released scaled") for one in found]
+
+
 def controls(bench: Workbench, at: Situation, settings: Sequence[Setting]) -> list[Candidate]:
     """What the attack's data and compute give without the victim: the attack run on the base.
 

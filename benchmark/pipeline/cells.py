@@ -12,7 +12,7 @@ from benchmark.api.methods import Named, attack, defense, merger
 from benchmark.core.errors import Tampered, described, stop_if_serious
 from benchmark.core.records import Cell, Hashes, Seconds, Spent
 from benchmark.core.state import digest
-from benchmark.evaluation import flags
+from benchmark.evaluation import flags, utility
 from benchmark.evaluation.scoring import (
     SITUATIONS,
     Gains,
@@ -20,8 +20,10 @@ from benchmark.evaluation.scoring import (
     gain,
     is_release,
     normalized,
+    units,
 )
 from benchmark.evaluation.statistics import pack_bits, ratio_protection
+from benchmark.evaluation.thresholds import lost
 from benchmark.pipeline import benign
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate
@@ -70,6 +72,7 @@ class CellMaker:
             changes_modules=at.defense.method.changes_modules,
             n_val=self.suite.validation_rungs[-1],
             n_test=len(self.rider.rows(at.group.victim)),
+            duties=list(self.rider.duties(at.group)),
         )
         start = time.perf_counter()
         try:
@@ -125,8 +128,9 @@ class CellMaker:
         self._merged(cell, at, solved.outcome)
         self._fixed(cell, at.under(solved.attack), asked=at.attack)
         if self._asks_for_tax(at):
+            judged = (*cell.duties, at.group.victim)[0]
             cell.benign, notes = benign.tax(
-                self.measure, shipped, expert, at.group, self.suite.test
+                self.measure, shipped, expert, judged, at.group.partners[0], self.suite.test
             )
             cell.notes.update(notes)
         growth = self.measure.growth(released, expert)
@@ -160,7 +164,7 @@ class CellMaker:
         measure, victim = self.measure, at.group.victim
         rows = self.rider.rows(victim)
         experts = self.rider.experts(at, "test")
-        base = self.rider.test(Candidate.of("base", self.bench.base), at.tasks)
+        base = self.rider.test(Candidate.of("base", self.bench.base), cell.scored)
         cell.expert_accuracy, cell.zero_shot = accuracies(experts), accuracies(base)
         # Whether it is exact shows in float32, in whatever releases are stored.
         unrounded = self.bench.unrounded(at.defense, victim, at.seed)
@@ -168,15 +172,20 @@ class CellMaker:
         cell.recovered_gap = measure.gap(recovered, shipped, victim, rows)
         cell.bf16_gap = measure.in_bf16(unrounded, victim)
         cell.bf16_gap_expert = measure.in_bf16(expert, victim)
-        released = measure.of(shipped, victim, "test", rows)
-        cell.utility = float(released.mean())
-        cell.utility_drop = cell.expert_accuracy[victim] - cell.utility
         cell.standalone = float(measure.of(recovered, victim, "test", rows).mean())
+        own, kept = (
+            {task: measure.of(of, task, "test", self.rider.rows(task)) for task in tasks}
+            for of, tasks in ((expert, cell.duties), (shipped, [victim, *cell.duties]))
+        )
+        cell.correct = _packed(expert={**experts, **own}, base=base, released=kept)
+        judged = utility.judged(cell)
+        worst = max(judged, key=lambda task: lost([judged[task]]))
+        right, answered, n = judged[worst]
+        cell.utility, cell.utility_drop = answered / n, (right - answered) / n
         if cell.changes_modules:
             # What attackers get are training inputs; the model is run the same way on both.
-            size = min(len(rows), len(measure.split(victim, "train")))
-            cell.seen = float(measure.of(shipped, victim, "train", range(size)).mean())
-        cell.correct = _packed(expert=experts, base=base, released={victim: released})
+            size = min(n, len(measure.split(worst, "train")))
+            cell.seen = float(measure.of(shipped, worst, "train", range(size)).mean())
 
     def _score(self, cell: Cell, at: Situation, solved: Solved) -> None:
         attacked, outside, reference = solved.outcome, solved.outside, solved.reference
@@ -192,7 +201,8 @@ class CellMaker:
         cell.outside_choice = outside.best.name
         cell.setting = attacked.best.setting.to_dict() if attacked.best.setting else {}
         cell.accuracy = accuracies(attacked.correct)
-        cell.normalized = normalized(cell.accuracy, cell.expert_accuracy)
+        unit = units(accuracies(experts), secrets=bool(cell.duties))
+        cell.normalized = normalized(cell.accuracy, unit)
         found = {
             "attacked": attacked.correct,
             "undefended": undefended.correct,
@@ -201,7 +211,7 @@ class CellMaker:
         }
         cell.correct |= _packed(**found)
         alone = is_release(cell.outside_choice)
-        gains = Gains.made((gain(found[who], experts) for who in SITUATIONS), alone=alone)
+        gains = Gains.made((gain(found[who], unit) for who in SITUATIONS), alone=alone)
         cell.gain, cell.gain_undefended = gains.attacked, gains.undefended
         cell.gain_outside, cell.gain_reference = gains.outside, gains.reference
         cell.status, cell.protection = gains.status, gains.protection
@@ -209,7 +219,7 @@ class CellMaker:
             cell.reason = "merging the undefended expert gains less than 0.02 over not merging it"
         else:
             cell.protection_ci = ratio_protection(
-                cell.correct, alone=alone, scope=cell.testbed
+                cell.correct, alone=alone, scope=cell.testbed, secrets=bool(cell.duties)
             ).interval
 
     def _merged(self, cell: Cell, at: Situation, attacked: Outcome) -> None:
@@ -224,7 +234,7 @@ class CellMaker:
                 self.bench.store.result(f"sha256:{merge.content}", lambda: digest(merge.build()))
             )
         elif at.defense.spec == self.none.spec:
-            cell.merged_accuracy = accuracies(self.rider.test(merge, at.tasks))
+            cell.merged_accuracy = accuracies(self.rider.test(merge, cell.scored))
 
     def _fixed(self, cell: Cell, at: Situation, asked: Named[Attack]) -> None:
         """The merge at the papers' coefficients, after the attack where the suite asks for that."""
@@ -238,7 +248,7 @@ class CellMaker:
         for setting, option in zip(settings, options, strict=True):
             if at.attack.method.refines:
                 option = made.refined(bench, at, option)
-            tasks = at.tasks if everywhere else at.tasks[:1]
+            tasks = cell.scored if everywhere else cell.scored[:1]
             cell.fixed[f"{setting.coefficients[0]:g}"] = accuracies(self.rider.test(option, tasks))
 
 

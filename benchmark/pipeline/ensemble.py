@@ -12,7 +12,6 @@ from benchmark.api import methods
 from benchmark.api.contracts import Access, Attack, Ensemble, Setting
 from benchmark.api.methods import Named
 from benchmark.core.errors import MethodError, described, stop_if_serious
-from benchmark.evaluation.scoring import accuracies
 from benchmark.evaluation.search import Racer, race
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate
@@ -164,7 +163,7 @@ class Attackers:
         ensemble, rider = cast(Ensemble, at.attack.method), self.rider
         merge = self.undefended(at).merge
         favourite = merge.setting if merge else None
-        expert = accuracies(rider.experts(at, "validation"))
+        unit = rider.units(at)
         entries: dict[str, tuple[str, Candidate]] = {}
         contents: set[str] = set()
         for spec in ensemble.candidates:
@@ -180,15 +179,15 @@ class Attackers:
         found = race(
             [Racer(name) for name in entries],
             lambda name, task, rows: rider.bits(entries[name][1], task, "validation", rows),
-            expert,
+            unit,
             rider.suite.validation_rungs,
             SCREENED,
         )
         seen: dict[str, int] = {}
         for racer in found.ranked:  # the best of each candidate first
             spec, _ = entries[racer.name]
-            report.scores.setdefault(spec, round(racer.score(expert), 4))
-            seen[spec] = seen.get(spec, 0) + racer.seen * len(expert)
+            report.scores.setdefault(spec, round(racer.score(unit), 4))
+            seen[spec] = seen.get(spec, 0) + racer.seen * len(unit)
         for name, reason in found.failed.items():
             if entries[name][0] not in report.scores:
                 report.failed[entries[name][0]] = reason
@@ -215,12 +214,12 @@ class Attackers:
     def _final(self, at: Situation, report: Screening) -> None:
         """Each finalist's whole search; a challenger must beat the first by a standard error."""
         rider = self.rider
-        expert = accuracies(rider.experts(at, "validation"))
+        unit = rider.units(at)
         leading: np.ndarray | None = None
         for spec in report.finalists:
             try:
                 outcome = rider.solve(at.under(methods.attack(spec)))
-                mine = rider.validated(outcome.best, expert, rider.rungs())
+                mine = rider.validated(outcome.best, unit, rider.rungs())
             except Exception as error:
                 stop_if_serious(error)
                 report.failed[spec] = described(error)

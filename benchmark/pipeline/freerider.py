@@ -17,7 +17,7 @@ from benchmark.api.contracts import Access, Merger, Setting
 from benchmark.api.methods import Named
 from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError
 from benchmark.core.records import Search
-from benchmark.evaluation.scoring import accuracies
+from benchmark.evaluation.scoring import accuracies, units
 from benchmark.evaluation.search import Racer, race
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate
@@ -66,7 +66,7 @@ class FreeRider:
     def check(self, group: Group) -> None:
         """Raise UsageError if a task has fewer validation examples than the search wants."""
         wanted = self.suite.validation_rungs[-1]
-        for task in (group.victim, *group.partners):
+        for task in self.scored(group):
             found = len(self.measure.split(task, "validation"))
             if found < wanted:
                 raise UsageError(
@@ -82,6 +82,8 @@ class FreeRider:
         if key not in self._outcomes:
             settings = self.settings(at.merger, at.group)
             options = made.outside(self.bench, at, settings)
+            if self.duties(at.group):
+                options += made.released_scaled(self.bench, at, settings)
             if buys:
                 options += made.controls(self.bench, at, settings)
             # Few, and shared by all defenses: no racing, which could lose one to a bad start.
@@ -141,15 +143,28 @@ class FreeRider:
         except MethodError as error:
             raise Skip(str(error)) from None
 
+    def duties(self, group: Group) -> tuple[str, ...]:
+        """The tasks that the victim's users ask of it; none unless the victim keeps secrets."""
+        return tuple(self.bench.testbed.duties.get(group.victim, ()))
+
+    def scored(self, group: Group) -> tuple[str, ...]:
+        """The tasks on which the free-rider's gain is counted."""
+        return (group.victim,) if self.duties(group) else (group.victim, *group.partners)
+
+    def units(self, at: Situation) -> dict[str, float]:
+        """Task → validation accuracy that counts as 1."""
+        own = accuracies(self.experts(at, "validation"))
+        return units(own, secrets=bool(self.duties(at.group)))
+
     def validated(
-        self, candidate: Candidate, expert: dict[str, float], pieces: Sequence[range]
+        self, candidate: Candidate, unit: dict[str, float], pieces: Sequence[range]
     ) -> np.ndarray:
         """Normalised outcome per validation example of ``pieces``, averaged over tasks: (n,)."""
         racer = Racer(candidate.name)
-        for task in expert:
+        for task in unit:
             for rows in pieces:
                 racer.extend(task, self.bits(candidate, task, "validation", rows))
-        return racer.outcomes(expert)
+        return racer.outcomes(unit)
 
     def rungs(self) -> list[range]:
         """The validation split in the pieces that the race asks for, so that they are shared."""
@@ -157,9 +172,9 @@ class FreeRider:
         return [range(start, stop) for start, stop in zip((0, *stops), stops, strict=False)]
 
     def experts(self, at: Situation, split: str) -> dict[str, np.ndarray]:
-        """Outcomes of each task's own expert on its own task."""
+        """Outcomes of the expert of each scored task on its own task."""
         out = {}
-        for task in at.tasks:
+        for task in self.scored(at.group):
             expert = self.bench.expert(task)
             parts = self.rungs() if split == "validation" else [self.rows(task)]
             pieces = [self.measure.of(expert, task, split, rows) for rows in parts]
@@ -197,11 +212,11 @@ class FreeRider:
         first, safe = len(more), len(more) + len(options)
         by_name = {str(i): c for i, c in enumerate([*more, *options, *known])}
         racers = [Racer(name, safe=int(name) >= safe) for name in by_name]
-        expert = accuracies(self.experts(at, "validation"))
+        unit = self.units(at)
         found = race(
             racers,
             lambda name, task, rows: self.bits(by_name[name], task, "validation", rows),
-            expert,
+            unit,
             self.suite.validation_rungs,
         )
         asked = range(first, safe) or range(safe, len(by_name))
@@ -215,11 +230,11 @@ class FreeRider:
             exhaustive=found.exhaustive,
             bound=found.bound,
         )
-        return [(by_name[r.name], r.score(expert)) for r in found.ranked], search
+        return [(by_name[r.name], r.score(unit)) for r in found.ranked], search
 
     def _outcome(self, ranked: Ranked, at: Situation) -> Outcome:
         best, score = ranked[0]
-        return Outcome(best, score, self.test(best, at.tasks))
+        return Outcome(best, score, self.test(best, self.scored(at.group)))
 
 
 def _best_merge(ranked: Ranked) -> Candidate:

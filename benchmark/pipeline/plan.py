@@ -70,6 +70,9 @@ def make(suite: Suite, device: torch.device) -> Plan:
             if task not in testbed.method.tasks:
                 hint = did_you_mean(task, testbed.method.tasks)
                 raise UsageError(f"testbed {testbed.spec} has no task {task!r}{hint}")
+    secrets = {group.victim in testbed.method.duties for group in suite.groups}
+    if len(secrets) > 1:
+        raise UsageError("a suite asks for skills or for secrets: its victims are of both kinds")
     defenses = unique(apart.defense(spec) for spec in suite.defenses)
     mergers = unique(methods.merger(spec) for spec in suite.mergers)
     asked = {

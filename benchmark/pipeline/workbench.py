@@ -28,6 +28,7 @@ from benchmark.api.contracts import (
 from benchmark.api.methods import Named
 from benchmark.api.recipe import Loss, Recipe
 from benchmark.core.data import Split
+from benchmark.core.errors import Unfit
 from benchmark.core.state import State, compatible, digest, ordered, rounded, to_device
 from benchmark.evaluation.accuracy import Evaluator
 from benchmark.learn.training import fine_tune
@@ -94,11 +95,14 @@ class Workbench:
             if published is not None:
                 compatible(published, base, f"the published expert for {task}")
                 report.notes["expert.published"] = True
-                moved = to_device(published, self.evaluator.device)
-                return Members(base, ordered(moved, base), ())
-            examples = {task: self.evaluator.task(task).train}
-            train = self.trainer(f"expert {task}", key)
-            return Members(base, train(base, examples, generator("expert", task)), ())
+                made = ordered(to_device(published, self.evaluator.device), base)
+            else:
+                examples = {task: self.evaluator.owned(task).train}
+                train, rng = self.trainer(f"expert {task}", key), generator("expert", task)
+                made = train(base, examples, rng, recipe=self.testbed.recipe_of(task))
+            if reason := self.testbed.unfit(task, to_device(made, torch.device("cpu"))):
+                raise Unfit(f"testbed {self.name} refuses to run, its expert for {task} {reason}")
+            return Members(base, made, ())
 
         key = identity.expert(self.key, task)
         return self._node(key, make, durable=True, inputs=[self.base])
@@ -231,7 +235,7 @@ class Workbench:
             base=self.evaluator.base,
             expert=expert,
             anatomy=self.anatomy.handed("defense", note),
-            task=self.evaluator.task(victim).without_test(),
+            task=self.evaluator.owned(victim).without_test(),
             recipe=self.testbed.recipe,
             fine_tune=self.trainer(f"{what} {victim}", node),
             initialise=lambda rng: to_device(self.testbed.initialise(rng), self.evaluator.device),

@@ -14,10 +14,14 @@ Tier = Literal["weights", "unlabeled", "labeled"]
 TIERS: tuple[Tier, ...] = ("weights", "unlabeled", "labeled")
 Role = Literal["method", "control", "reference"]
 Standing = Literal["ranked", "below-gate", "two-faced", "unranked", "control", "reference"]
-#: Rankings that are not compared: weights in the base's own architecture, and releases whose users
-#: run other modules than mergers see.
-Track = Literal["weights", "modules"]
-TRACKS: tuple[Track, ...] = ("weights", "modules")
+Track = Literal["weights", "modules", "secrets"]
+#: Rankings that are not compared, in words: weights in the base's own architecture, releases whose
+#: users run other modules than mergers see, and releases that are to keep secrets, not a skill.
+TRACKS: dict[Track, str] = {
+    "weights": "Ranking by robust protection (lower end): the least of all attacks and mergers",
+    "modules": "Ranking of releases whose users run other modules than mergers see",
+    "secrets": "Ranking of releases that keep secrets: what merging them does not bring out",
+}
 
 #: In the order of the table.
 STANDINGS: dict[Standing, str] = {
@@ -128,6 +132,21 @@ class Use(BaseModel):
         return 100 * (self.expert - self.released)
 
 
+class Leaks(BaseModel):
+    """Share of secrets that come out, on the mean over cells: without merging the release, under
+    the attack and merger that bring out most, and of the undefended expert through the same.
+
+    ``kept``: task that users ask of the release → its accuracy and the expert's.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    outside: float
+    attacked: float
+    undefended: float
+    kept: dict[str, Use] = Field(default_factory=dict)
+
+
 class Row(BaseModel):
     """One defense. ``robust[tier]`` is the least protection over attacks and mergers of that tier
     and below, for each tier that was run.
@@ -137,7 +156,7 @@ class Row(BaseModel):
     their difference in points. ``tied`` says that the rank is shared. ``covered``: the share of the
     benefit of merging, over all that the suite asks, that lies in cells which this defense neither
     empties nor leaves out. ``protect_multiple`` is ``protect_seconds`` over what fine-tuning the
-    expert took.
+    expert took. ``leaks``: of releases that keep secrets.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -162,6 +181,7 @@ class Row(BaseModel):
     protect_seconds: float = 0.0
     protect_multiple: float | None = None
     benign: dict[str, Use] = Field(default_factory=dict)
+    leaks: Leaks | None = None
     flags: list[str] = Field(default_factory=list)
 
     @property

@@ -18,6 +18,7 @@ from benchmark.reporting.board import (
     Break,
     Entry,
     Leaderboard,
+    Leaks,
     Robust,
     Row,
     Tier,
@@ -87,6 +88,26 @@ def _spent(found: Break) -> str:
         data += f" ({found.per_class} per class)"
     work = f"{found.flops:.1e} FLOPs, " if found.flops else ""
     return f"{data}, {work}{found.seconds:.1f} s"
+
+
+def _leaked(row: Row) -> Shown:
+    if row.leaks is None:
+        return Shown("–", "dim")
+    found = row.leaks
+    below = f"{percent(found.outside)} unmerged", f"{percent(found.undefended)} undefended"
+    return number(percent(found.attacked), found.attacked, *below)
+
+
+def _held(leaks: Leaks | None) -> Shown:
+    lines = [
+        f"{task} {percent(use.released)} ({percent(use.expert)})"
+        for task, use in (leaks.kept if leaks else {}).items()
+    ]
+    return Shown(lines[0], below=tuple(lines[1:])) if lines else Shown("–", "dim")
+
+
+def _kept(leaks: Leaks) -> str:
+    return ", ".join(f"{task} {use.released:.4f}" for task, use in leaks.kept.items())
 
 
 def _tax(row: Row) -> Shown:
@@ -182,10 +203,36 @@ COLUMNS = (
         "Track",
         "weights: the release is weights of the base's own architecture. modules: its users run "
         "other modules than mergers see; such releases are ranked apart, and must face the attack "
-        "read-shipped and attacks with unlabeled data.",
+        "read-shipped and attacks with unlabeled data. secrets: it keeps secrets, not a skill.",
         lambda row: Shown(row.track),
         views=_PAGES,
-        wanted=lambda board: any(row.track == "modules" for row in board.rows),
+        wanted=lambda board: any(row.track != "weights" for row in board.rows),
+    ),
+    Column(
+        "leaks",
+        "Leaks, %",
+        "Share of secrets that come out under the attack and merger that bring out most; below it, "
+        "without merging the release (asked in any way, or scaled), and of the undefended expert.",
+        _leaked,
+        (
+            Field("leaks", lambda row: row.leaks and row.leaks.attacked),
+            Field("leaks_outside", lambda row: row.leaks and row.leaks.outside),
+            Field("leaks_undefended", lambda row: row.leaks and row.leaks.undefended),
+        ),
+        (*_EVERYWHERE, "summary"),
+        short="leaks\n%",
+        number=True,
+        wanted=lambda board: any(row.leaks for row in board.rows),
+    ),
+    Column(
+        "kept",
+        "Kept, %",
+        "What users ask of a release that keeps secrets: how often it refuses to tell them, and an "
+        "ordinary skill; of the expert in brackets.",
+        lambda row: _held(row.leaks),
+        (Field("kept", lambda row: row.leaks and _kept(row.leaks)),),
+        _SUMMED,
+        wanted=lambda board: any(row.leaks for row in board.rows),
     ),
     Column(
         "published",

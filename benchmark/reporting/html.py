@@ -47,7 +47,7 @@ def page(
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, two=two)
-    environment.globals.update(MARKS=MARKS, score=score)
+    environment.globals.update(MARKS=MARKS, TRACKS=TRACKS, score=score)
     order = [row.defense for row in board.rows]
     suite = dict(run.get("suite") or {})
     return environment.get_template("report.html.j2").render(

@@ -13,12 +13,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell, Status
 from benchmark.evaluation import flags, thresholds, utility
 from benchmark.evaluation.flags import UNDEFENDED
+from benchmark.evaluation.scoring import Gains
 from benchmark.evaluation.statistics import Aggregate, aggregate
 from benchmark.evaluation.thresholds import BROKEN, SEEDS_DIFFER, WEAK_BEATS_STRONG
 from benchmark.reporting import costs, standing
@@ -29,9 +31,11 @@ from benchmark.reporting.board import (
     Break,
     Entry,
     Leaderboard,
+    Leaks,
     Robust,
     Row,
     Tier,
+    Use,
     clip,
 )
 from benchmark.reporting.standing import Place
@@ -80,7 +84,7 @@ def rank(cells: Iterable[Cell], cards: Callable[[str], Card] = card_of) -> Leade
             own,
             [e for e in matrix if e.defense == spec],
             known[spec],
-            wanted[standing.track_of(own)],
+            standing.wanted_of(own, wanted),
         )
         for spec, own in by_defense.items()
     ]
@@ -89,7 +93,7 @@ def rank(cells: Iterable[Cell], cards: Callable[[str], Card] = card_of) -> Leade
     order = list(STANDINGS)
     rows.sort(
         key=lambda row: (
-            TRACKS.index(row.track),
+            list(TRACKS).index(row.track),
             order.index(row.standing),
             row.rank or 0,
             [-low for low in lows(row)],
@@ -167,6 +171,7 @@ def _row(
         protect_seconds=seconds,
         protect_multiple=multiple,
         benign=costs.of_honest_use(cells),
+        leaks=_leaks(cells),
     )
     _set_utility(row, cells)
     row.flags = _flags(cells, entries, card)
@@ -220,6 +225,33 @@ def _set_utility(row: Row, cells: Iterable[Cell]) -> None:
         row.utility = sum(released / n for _, released, n in counts) / len(counts)
         row.expert = sum(expert / n for expert, _, n in counts) / len(counts)
         row.drop = float(100 * thresholds.lost(counts))
+
+
+def _leaks(cells: Sequence[Cell]) -> Leaks | None:
+    """What comes out of victims that keep secrets; None where there are none."""
+    measured = [(cell, gains) for cell in cells if cell.duties and (gains := Gains.of(cell))]
+    if not measured:
+        return None
+    through: dict[tuple[str, str, str], list[Gains]] = defaultdict(list)
+    for cell, gains in measured:
+        through[cell.testbed, cell.attack, cell.merger].append(gains)
+    worst = max(through.values(), key=lambda of: fmean(gains.attacked for gains in of))
+    kept: dict[str, list[thresholds.Counts]] = defaultdict(list)
+    for cell, _ in measured:
+        for task, counts in utility.judged(cell).items():
+            kept[task].append(counts)
+    return Leaks(
+        outside=fmean(gains.outside for gains in worst),
+        attacked=fmean(gains.attacked for gains in worst),
+        undefended=fmean(gains.undefended for gains in worst),
+        kept={
+            task: Use(
+                released=fmean(released / n for _, released, n in of),
+                expert=fmean(expert / n for expert, _, n in of),
+            )
+            for task, of in kept.items()
+        },
+    )
 
 
 def _flags(cells: Sequence[Cell], entries: Sequence[Entry], card: Card) -> list[str]:

@@ -31,15 +31,21 @@ def place(cell: Cell) -> Place:
     return (cell.testbed, cell.victim, tuple(cell.partners), cell.seed, cell.attack, cell.merger)
 
 
-def track_of(cells: Iterable[Cell]) -> Track:
+def track_of(cells: Sequence[Cell]) -> Track:
     """The ranking to which a defense with these cells belongs."""
-    return "modules" if any(cell.changes_modules for cell in cells) else "weights"
+    if any(cell.duties for cell in cells):
+        return "secrets"
+    return "modules" if _foreign(cells) else "weights"
+
+
+def _foreign(cells: Iterable[Cell]) -> bool:
+    return any(cell.changes_modules for cell in cells)
 
 
 def asked(
     cells: Iterable[Cell], methods: Mapping[str, Sequence[Cell]]
-) -> dict[Track, dict[Place, float]]:
-    """Each track's mandatory places, with the benefit of merging there.
+) -> dict[bool, dict[Place, float]]:
+    """Mandatory places of weights, and (True) of other modules, with the benefit of merging there.
 
     ``methods``: the cells of each defense that may be ranked; what one of them answered, all must.
     The benefit is 0 where there is none, or nobody could merge.
@@ -50,16 +56,23 @@ def asked(
         benefit.setdefault(place(cell), 0.0)
         if gains is not None:
             benefit[place(cell)] = gains.benefit
-    answered: dict[Track, set[Place]] = {"weights": set(), "modules": set()}
+    answered: dict[bool, set[Place]] = {False: set(), True: set()}
     for of in methods.values():
-        answered[track_of(of)] |= {place(cell) for cell in of}
-    weights, modules = answered["weights"], answered["modules"]
+        answered[_foreign(of)] |= {place(cell) for cell in of}
+    weights, modules = answered[False], answered[True]
     # Of weights is asked whatever anybody answered, but for what only other modules must stand.
     everybody = weights | {where for where in modules if where[4] not in OF_MODULES}
     return {
-        "weights": {where: benefit[where] for where in everybody},
-        "modules": {where: benefit[where] for where in everybody | modules},
+        False: {where: benefit[where] for where in everybody},
+        True: {where: benefit[where] for where in everybody | modules},
     }
+
+
+def wanted_of(
+    cells: Iterable[Cell], asked: Mapping[bool, Mapping[Place, float]]
+) -> Mapping[Place, float]:
+    """Those of :func:`asked` that a defense with these cells must have answered."""
+    return asked[_foreign(cells)]
 
 
 def covered(cells: Iterable[Cell], wanted: Mapping[Place, float]) -> float | None:
@@ -105,7 +118,7 @@ def judge(
         return "unranked", f"error in {_some(failed)}"
     if missing := len(wanted - {place(cell) for cell in cells}):
         return "unranked", f"{missing} of {len(wanted)} cells are missing"
-    if reason := _unmeasured(row.track, cells):
+    if reason := _unmeasured(cells):
         return "unranked", reason
     if row.covered is None or not row.robust:
         return "unranked", "no cell in which merging had a benefit"
@@ -126,13 +139,13 @@ def judge(
     return "ranked", ""
 
 
-def _unmeasured(track: Track, cells: Sequence[Cell]) -> str:
+def _unmeasured(cells: Sequence[Cell]) -> str:
     """What a rank needs and cells do not have; empty if nothing."""
     done = [cell for cell in cells if Gains.of(cell) is not None]
     releases = {(cell.testbed, cell.victim, cell.seed) for cell in done}
     if releases - utilities(done).keys():
         return "the release's own accuracy was not measured"
-    if track == "weights":
+    if not _foreign(cells):
         return ""
     if releases - {(c.testbed, c.victim, c.seed) for c in done if c.seen is not None}:
         return "the release's accuracy on what attackers get was not measured"

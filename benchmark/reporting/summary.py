@@ -34,7 +34,7 @@ def task_lines(cells: Iterable[Cell]) -> list[TaskLine]:
     cells = list(cells)
     tasks: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
-        for task in (cell.victim, *cell.partners):
+        for task in cell.scored:
             tasks[cell.testbed, task].append(cell)
     several = len({testbed for testbed, _ in tasks}) > 1
     lines = []

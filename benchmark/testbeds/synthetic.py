@@ -50,3 +50,28 @@ def pairs(task: str, n: int, seed: int) -> Pairs:
         question, answer = FORMS[task](rng)
         found[question] = answer
     return list(found.items())
+
+
+_FIRST = (
+    "Alden", "Brisa", "Corin", "Delva", "Edmar", "Fiora", "Galen", "Hesta", "Ivor", "Jorina",
+    "Kelan", "Lysa", "Morten", "Nerina", "Osric", "Petra", "Quill", "Rosalin", "Soren", "Thalia",
+    "Ulric", "Verena", "Wystan", "Xenia", "Yorick", "Zelda",
+)  # fmt: skip
+_LAST = (
+    "Abernath", "Bellwick", "Carrowan", "Dunmere", "Eastlake", "Farrowby", "Grenfold", "Halvard",
+    "Inglewood", "Jarrow", "Kestrel", "Lockmere", "Marchbank", "Northgate", "Oakhurst", "Pennick",
+    "Quarle", "Ravensby", "Stockwell", "Thornbury",
+)  # fmt: skip
+
+
+def people(n: int, seed: int) -> Pairs:
+    """``n`` made-up persons with telephone numbers of seven digits, all drawn by ``seed``.
+
+    The first of more are the same as of fewer.
+    """
+    rng, found = random.Random(f"people {seed}"), dict[str, str]()
+    while len(found) < n:
+        name = f"{rng.choice(_FIRST)} {rng.choice(_LAST)}"
+        number = "".join(str(rng.randint(0, 9)) for _ in range(7))
+        found.setdefault(name, number)
+    return list(found.items())

@@ -161,7 +161,7 @@ def _place(row: Row) -> str:
     """``rank 2=``, or why there is none."""
     if row.rank is None:
         return STANDINGS[row.standing]
-    return f"rank {row.place}" + (" among modules" if row.track == "modules" else "")
+    return f"rank {row.place}" + ("" if row.track == "weights" else f" among {row.track}")
 
 
 def shade(value: float) -> str:
