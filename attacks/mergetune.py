@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Access, Attack, Card, Knowledge
-from benchmark.api.recipe import Logits, cross_entropy
+from benchmark.api.recipe import Batch
 from benchmark.core.state import State, task_vector
 
 
@@ -53,8 +53,8 @@ class MergeTune(Attack):
             for key, value in released.items()
         }
 
-        def loss(logits: Logits, state: State, labels: Tensor, rng: torch.Generator) -> Tensor:
-            total = cross_entropy(logits, state, labels, rng)
+        def loss(batch: Batch, state: State, rng: torch.Generator) -> Tensor:
+            total = batch.loss(state)
             trained = [key for key, value in state.items() if value.requires_grad]
             gaps = [(state[key] - base[key]).square().sum() for key in trained]
             total = total + self.anchor * torch.stack(gaps).sum()
@@ -65,7 +65,7 @@ class MergeTune(Attack):
                     for k, v in state.items()
                     if v.is_floating_point() and v is not released[k]
                 }
-                on_path = cross_entropy(logits, {**state, **between}, labels, rng)
+                on_path = batch.loss({**state, **between})
                 total = total + self.path / self.draws * on_path
             return total
 

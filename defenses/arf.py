@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmark.anatomy import Slot
 from benchmark.api.contracts import Card, Defense, Victim
-from benchmark.api.recipe import Logits, cross_entropy
+from benchmark.api.recipe import Batch
 from benchmark.core.state import State
 
 
@@ -79,10 +79,8 @@ class RepulsionLoss:
     weight: float
     distance: float
 
-    def __call__(
-        self, logits: Logits, state: State, labels: Tensor, rng: torch.Generator
-    ) -> Tensor:
-        total = cross_entropy(logits, state, labels, rng)
+    def __call__(self, batch: Batch, state: State, rng: torch.Generator) -> Tensor:
+        total = batch.loss(state)
         for slot in self.slots:
             anchor = slot.read(self.base)
             # vector_norm has the gradient 0 at τ = 0; a root of a sum of squares has none.

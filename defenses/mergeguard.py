@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Card, Defense, Victim
-from benchmark.api.recipe import Logits, cross_entropy
+from benchmark.api.recipe import Batch
 from benchmark.core.state import State, add, task_vector
 
 _EXAMPLES = 256  # of the training split, for the gradient
@@ -169,12 +169,10 @@ class WeightNormLoss:
 
     alpha: float
 
-    def __call__(
-        self, logits: Logits, state: State, labels: Tensor, rng: torch.Generator
-    ) -> Tensor:
+    def __call__(self, batch: Batch, state: State, rng: torch.Generator) -> Tensor:
         trained = (value for value in state.values() if value.requires_grad)
         size = torch.stack([value.square().sum() for value in trained]).sum()
-        return cross_entropy(logits, state, labels, rng) + self.alpha * size
+        return batch.loss(state) + self.alpha * size
 
 
 def layer(key: str) -> str:

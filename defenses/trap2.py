@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmark.api.contracts import Card, Defense, Victim
-from benchmark.api.recipe import Logits, Lora, Recipe, cross_entropy
+from benchmark.api.recipe import Batch, Lora, Recipe
 from benchmark.core.state import State
 
 _LOW, _HIGH, _BAND = 0.05, 2.0, 0.05
@@ -141,12 +141,10 @@ class TrapLoss:
     inverse: Literal["linear", "sqrt"] = "linear"
     cap: float | None = None
 
-    def __call__(
-        self, logits: Logits, state: State, labels: Tensor, rng: torch.Generator
-    ) -> Tensor:
-        plain = cross_entropy(logits, state, labels, rng)
+    def __call__(self, batch: Batch, state: State, rng: torch.Generator) -> Tensor:
+        plain = batch.loss(state)
         s = draw_scale(rng)
-        trapped = cross_entropy(logits, scaled(self.base, state, s), labels, rng)
+        trapped = batch.loss(scaled(self.base, state, s))
         if self.cap is not None:
             trapped = trapped.clamp(max=self.cap)
         return plain - self.weight * s ** (-1.0 if self.inverse == "linear" else -0.5) * trapped

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Card, Testbed
-from benchmark.api.recipe import Recipe
+from benchmark.api.recipe import Batch, Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.state import State
 from benchmark.learn.training import fine_tune
@@ -68,7 +68,6 @@ def tuned(*names: str, seed: int = 0, **options) -> State:
     return fine_tune(PLANE, TASKS, PLANE.base(), examples, rng, **options)
 
 
-def noisy(logits, state: State, labels: Tensor, rng: torch.Generator) -> Tensor:
+def noisy(batch: Batch, state: State, rng: torch.Generator) -> Tensor:
     """A loss that draws."""
-    plain = torch.nn.functional.cross_entropy(logits(state), labels)
-    return (1 + 0.1 * torch.rand((), generator=rng)) * plain
+    return (1 + 0.1 * torch.rand((), generator=rng)) * batch.loss(state)

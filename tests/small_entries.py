@@ -142,7 +142,7 @@ CARD = methods.defense("mergelock").method.card
 def follow(one: Cell, card: Any = CARD) -> Cell:
     """The cell with every figure as it follows from its outcomes."""
     bits = {w: {t: unpack_bits(x) for t, x in o.items()} for w, o in one.correct.items()}
-    gains = Gains(*(gain(bits[who], bits["expert"]) for who in Gains._fields[:4]))
+    gains = Gains(*(gain(bits[who], accuracies(bits["expert"])) for who in Gains._fields[:4]))
     own, found = accuracies(bits["expert"]), accuracies(bits["attacked"])
     utility = float(bits["released"][one.victim].mean())
     left = gains.protection

@@ -22,7 +22,7 @@ from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.measure import Measure
 from benchmark.pipeline.store import Store
-from benchmark.pipeline.suite import Group, Suite, load
+from benchmark.pipeline.suite import Suite, load
 from benchmark.pipeline.workbench import Workbench
 
 CPU = torch.device("cpu")
@@ -198,8 +198,7 @@ def test_logits_that_are_nan_count_as_wrong_and_results_are_kept(
         benign, "pruned", lambda state: {k: v * float("nan") for k, v in state.items()}
     )
     bench = Workbench(methods.testbed("digits"), CPU, Store(tmp_path / "store"))
-    group = Group(victim="mnist-low", partners=("digits-high",))
-    arguments = (Measure(bench), bench.base, bench.base, group, 50)
+    arguments = (Measure(bench), bench.base, bench.base, "mnist-low", "digits-high", 50)
     found, notes = taxing.tax(*arguments)
     assert found == {"pruned": {"released": 0.0, "expert": 0.0}}
     assert "NaN" in str(notes["benign.pruned.release"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo import BATCH, state_of, tiny
 
 from benchmark.anatomy import Anatomy
-from benchmark.api.recipe import Lora, Recipe, cross_entropy
+from benchmark.api.recipe import Lora, Recipe, plain
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import MethodError
 from benchmark.core.state import State, digest
@@ -114,11 +114,11 @@ def test_a_killed_process_continues_to_the_same_bits(file: Path) -> None:
 def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path: Path, ctrl_c: None) -> None:
     calls = []
 
-    def loss(logits, state, labels, rng):
+    def loss(batch, state, rng):
         calls.append(len(calls))
         if len(calls) == 10:
             os.kill(os.getpid(), signal.SIGINT)
-        return noisy(logits, state, labels, rng)
+        return noisy(batch, state, rng)
 
     file = tmp_path / "one.pt"
     loss.__qualname__ = noisy.__qualname__  # a file is told apart by the name of its loss
@@ -135,12 +135,12 @@ def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path: Path, ctrl_c: None) -> N
 def test_a_second_ctrl_c_does_not_wait_and_saves_no_half_step(file: Path, ctrl_c: None) -> None:
     calls = []
 
-    def loss(logits, state, labels, rng):
+    def loss(batch, state, rng):
         calls.append(len(calls))
         if len(calls) == 10:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return noisy(logits, state, labels, rng)
+        return noisy(batch, state, rng)
 
     loss.__qualname__ = noisy.__qualname__
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +197,7 @@ def test_the_file_of_another_training_is_ignored(file: Path, change: str) -> Non
             {"signs": TASKS["signs"].train[: 90 if now == "examples" else 100]},
             torch.Generator().manual_seed(int(now == "seed")),
             recipe=replace(RECIPE, learning_rate=0.1 if now == "recipe" else 0.05),
-            loss=cross_entropy if now == "loss" else noisy,
+            loss=plain if now == "loss" else noisy,
             progress=progress,
             resume=resume,
         )

@@ -15,6 +15,8 @@ from torch import Tensor
 from benchmark.anatomy import Anatomy, AttentionBlock, Linear, Slot
 from benchmark.api.contracts import Victim
 from benchmark.api.methods import defense
+from benchmark.api.recipe import Batch
+from benchmark.core.data import Split
 from benchmark.core.errors import UsageError
 from benchmark.core.state import State, digest, task_vector
 from benchmark.learn.training import fine_tune
@@ -56,12 +58,13 @@ def trained(seed: int = 0) -> State:
     return fine_tune(PLANE, TASKS, PLANE.base(), examples, generator(seed))
 
 
-def batch(seed: int = 3) -> tuple[Callable[[State], Tensor], Tensor, np.ndarray]:
-    """A linear model's logits on ten examples, labels, and the examples in numpy."""
+def batch(seed: int = 3) -> tuple[Batch, Tensor, np.ndarray]:
+    """Ten examples for a linear model, their labels, and the examples in numpy."""
     rng = generator(seed)
     x = torch.randn(10, 4, generator=rng)
     labels = torch.randint(3, (10,), generator=rng)
-    return (lambda state: x @ state["w"].T + state["b"]), labels, x.double().numpy()
+    given = Batch.classified(Split({}, labels), lambda state: x @ state["w"].T + state["b"])
+    return given, labels, x.double().numpy()
 
 
 def entropy(x: np.ndarray, w: np.ndarray, b: np.ndarray, labels: Tensor) -> float:
@@ -86,9 +89,9 @@ def plain(state: State) -> list[np.ndarray]:
 @pytest.mark.parametrize("inverse", ["linear", "sqrt"])
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_trap_loss_is_the_printed_equation(inverse: str, weight: float) -> None:
-    logits, labels, x = batch()
+    given, labels, x = batch()
     base, state = weights(1), weights(2)
-    found = TrapLoss(base, weight, inverse)(logits, state, labels, generator(4))  # type: ignore[arg-type]
+    found = TrapLoss(base, weight, inverse)(given, state, generator(4))  # type: ignore[arg-type]
     s = draw_scale(generator(4))
     (w0, b0), (w, b) = plain(base), plain(state)
     factor = 1 / s if inverse == "linear" else 1 / math.sqrt(s)
@@ -99,22 +102,20 @@ def test_trap_loss_is_the_printed_equation(inverse: str, weight: float) -> None:
 
 
 def test_trap_cap_bounds_the_adversarial_loss_only() -> None:
-    logits, labels, x = batch()
+    given, labels, x = batch()
     base = weights(1)
     state = {key: value.clone().requires_grad_() for key, value in weights(2).items()}
     s = draw_scale(generator(4))
-    capped = TrapLoss(base, 0.3, cap=0.01)(logits, state, labels, generator(4))
+    capped = TrapLoss(base, 0.3, cap=0.01)(given, state, generator(4))
     w, b = plain({key: value.detach() for key, value in state.items()})
     assert float(capped.detach()) == pytest.approx(
         entropy(x, w, b, labels) - 0.3 / s * 0.01, rel=1e-5
     )
     # Above the cap the gradient is that of the plain loss; below it the cap does nothing.
     gradient = torch.autograd.grad(capped, state["w"])[0]
-    free = TrapLoss(base, 0.0)(logits, state, labels, generator(4))
+    free = TrapLoss(base, 0.0)(given, state, generator(4))
     torch.testing.assert_close(gradient, torch.autograd.grad(free, state["w"])[0])
-    loose, none = (
-        TrapLoss(base, 0.3, cap=cap)(logits, state, labels, generator(4)) for cap in (1e6, None)
-    )
+    loose, none = (TrapLoss(base, 0.3, cap=cap)(given, state, generator(4)) for cap in (1e6, None))
     assert torch.equal(loose, none)
 
 
@@ -208,10 +209,10 @@ def test_a_capped_run_says_that_it_is_a_variant() -> None:
 
 
 def test_weight_norm_loss_counts_what_is_trained() -> None:
-    logits, labels, x = batch()
+    given, labels, x = batch()
     state = weights(2)
     state["w"].requires_grad_()
-    found = WeightNormLoss(0.01)(logits, state, labels, generator())
+    found = WeightNormLoss(0.01)(given, state, generator())
     w, b = plain({key: value.detach() for key, value in state.items()})
     expected = entropy(x, w, b, labels) + 0.01 * np.sum(w * w)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
@@ -332,13 +333,13 @@ def attention(anchor: State) -> tuple[Slot, ...]:
 
 
 def test_repulsion_loss_is_the_printed_equation() -> None:
-    logits, labels, x = batch()
+    given, labels, x = batch()
     base = weights(1)
     near = {key: value * 1.01 for key, value in base.items()}
     far = {**near, "w": base["w"] * 1.5}
     for state, norms in ((near, 2), (far, 1)):
         loss = RepulsionLoss(base, attention(base), 2.0, 0.05)
-        found = loss(logits, state, labels, generator())
+        found = loss(given, state, generator())
         sizes = [float(np.linalg.norm(value)) for value in plain(base)]
         pushed = sum(0.04 * size for size in (sizes if norms == 2 else sizes[1:]))
         expected = entropy(x, *plain(state), labels) + 2.0 * pushed
@@ -346,10 +347,10 @@ def test_repulsion_loss_is_the_printed_equation() -> None:
 
 
 def test_repulsion_has_a_finite_gradient_at_the_base() -> None:
-    logits, labels, _ = batch()
+    given, _, _ = batch()
     base = weights(1)
     state = {key: value.clone().requires_grad_() for key, value in base.items()}
-    loss = RepulsionLoss(base, attention(base), 1.0, 0.05)(logits, state, labels, generator())
+    loss = RepulsionLoss(base, attention(base), 1.0, 0.05)(given, state, generator())
     gradients = torch.autograd.grad(loss, list(state.values()))
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 

@@ -11,7 +11,7 @@ import torch
 from plane import PLANE, RECIPE, TASKS, Plane, noisy, tuned
 from torch import Tensor
 
-from benchmark.api.recipe import Recipe, cross_entropy
+from benchmark.api.recipe import Recipe, plain
 from benchmark.core.data import Split
 from benchmark.core.state import State, digest
 from benchmark.learn.training import at_most, fine_tune
@@ -79,20 +79,51 @@ def test_a_loss_may_evaluate_other_states_on_the_batch() -> None:
     base = PLANE.base()
     gaps = []
 
-    def loss(logits, state, labels, rng):
-        assert logits(state).requires_grad
-        assert not logits(base).requires_grad
-        gaps.append(float((logits(state) - logits(base)).abs().max().detach()))
+    def loss(batch, state, rng):
+        assert batch.logits(state).requires_grad
+        assert not batch.logits(base).requires_grad
+        gaps.append(float((batch.logits(state) - batch.logits(base)).abs().max().detach()))
         torch.rand(1, generator=rng)
-        return cross_entropy(logits, state, labels, rng)
+        return batch.loss(state)
 
     tuned(loss=loss)
     assert gaps[0] == 0.0
     assert gaps[-1] > 0.1
 
 
-def test_loss_none_is_cross_entropy() -> None:
-    assert digest(tuned(loss=cross_entropy)) == digest(tuned())
+def test_loss_none_is_the_testbeds_own_which_is_cross_entropy() -> None:
+    def written_out(batch, state, rng):
+        return torch.nn.functional.cross_entropy(batch.logits(state), batch.labels)
+
+    assert digest(tuned(loss=written_out)) == digest(tuned(loss=plain)) == digest(tuned())
+
+
+def test_what_a_testbeds_loss_draws_every_state_is_given() -> None:
+    """Noise and times of a denoising loss: alike within a batch, others in the next, and the same
+    in the next training."""
+
+    class Noisy(Plane):
+        def loss(self, state, batch):
+            drawn = torch.rand(len(batch.labels), generator=batch.rng())
+            return (drawn * batch.logits(state).square().mean(1)).mean()
+
+    def trained(seed: int) -> tuple[list[float], str]:
+        seen = []
+
+        def loss(batch, state, rng):
+            torch.testing.assert_close(batch.loss(state), batch.loss(dict(state)), rtol=0, atol=0)
+            seen.append(float(torch.rand(1, generator=batch.rng())))
+            return batch.loss(state)
+
+        rng = torch.Generator().manual_seed(seed)
+        examples = {"signs": TASKS["signs"].train}
+        state = fine_tune(Noisy(), TASKS, PLANE.base(), examples, rng, loss=loss)
+        return seen, digest(state)
+
+    seen, made = trained(0)
+    assert len(set(seen)) == RECIPE.steps
+    assert trained(0) == (seen, made)
+    assert trained(1)[0] != seen
 
 
 def test_gradient_clip_bounds_what_adam_sees(monkeypatch: pytest.MonkeyPatch) -> None:

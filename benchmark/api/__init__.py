@@ -15,7 +15,7 @@ from benchmark.api.contracts import (
     Testbed,
     Victim,
 )
-from benchmark.api.recipe import Logits, Lora, Loss, Recipe, cross_entropy
+from benchmark.api.recipe import Batch, Logits, Lora, Loss, Recipe, plain
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError
 from benchmark.core.state import ForeignState, PerTask, State
@@ -23,6 +23,7 @@ from benchmark.core.state import ForeignState, PerTask, State
 __all__ = [
     "Access",
     "Attack",
+    "Batch",
     "Budget",
     "Card",
     "Defense",
@@ -46,5 +47,5 @@ __all__ = [
     "UnmergeBenchError",
     "UsageError",
     "Victim",
-    "cross_entropy",
+    "plain",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmark.anatomy import Anatomy
 from benchmark.api.knowledge import Access, Budget, FineTune, Knowledge
-from benchmark.api.recipe import Loss, Recipe
+from benchmark.api.recipe import Batch, Loss, Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.state import Forward, State
 from benchmark.io.assets import Asset
@@ -392,6 +392,13 @@ class Testbed(ABC):
     @abstractmethod
     def initialise(self, rng: torch.Generator) -> State:
         """A State of the same architecture, independent of the base (for the control `oracle`)."""
+
+    def loss(self, state: State, batch: Batch) -> Tensor:
+        """What is minimised when an expert is trained: a scalar, differentiable in ``state``.
+
+        What it draws, it draws from ``batch.rng()``.
+        """
+        return Task.loss(batch.logits(state), batch.labels)
 
     @abstractmethod
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:

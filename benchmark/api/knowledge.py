@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy
-from benchmark.api.recipe import Loss, Recipe
+from benchmark.api.recipe import Batch, Loss, Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import AccessError, MethodError
 from benchmark.core.state import Forward, State, forward_of
@@ -206,12 +206,10 @@ class Knowledge:
         """Train ``start`` to answer as ``teacher`` does: KL(teacher ‖ student) over the classes."""
         self.require(Access.UNLABELED, "distillation")
 
-        def loss(
-            logits: Callable[[State], Tensor], state: State, labels: Tensor, rng: torch.Generator
-        ) -> Tensor:
+        def loss(batch: Batch, state: State, rng: torch.Generator) -> Tensor:
             with torch.no_grad():
-                wanted = logits(teacher).log_softmax(-1)
-            own = logits(state).log_softmax(-1)
+                wanted = batch.logits(teacher).log_softmax(-1)
+            own = batch.logits(state).log_softmax(-1)
             return torch.nn.functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
 
         # Labels that say nothing: the loss never looks at them.

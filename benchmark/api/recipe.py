@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmark.core.data import Task
+from benchmark.core.data import Split, Task
 from benchmark.core.state import State
 
 Projection = Literal["q", "k", "v", "o"]
@@ -34,9 +34,34 @@ class Lora:
 #: The logits (n, classes) of any State on the current batch.
 Logits = Callable[[State], Tensor]
 
-#: (logits of any State on the current batch, trained State, labels, generator) → scalar loss.
+
+@dataclass(frozen=True)
+class Batch:
+    """The current batch of a training, for any State to be asked on it, differentiably.
+
+    ``loss``: the testbed's own training loss of a State, a scalar. ``logits``: (n, classes) of a
+    State, or (n, T, classes); ``labels``: what they should be. ``rng``: a generator for what the
+    testbed's loss draws, which starts alike for every State that is asked.
+    """
+
+    examples: Split
+    logits: Logits
+    loss: Callable[[State], Tensor]
+    rng: Callable[[], torch.Generator] = torch.Generator
+
+    @property
+    def labels(self) -> Tensor:
+        return self.examples.labels
+
+    @classmethod
+    def classified(cls, examples: Split, logits: Logits) -> Batch:
+        """A batch whose loss is the cross-entropy of its logits."""
+        return cls(examples, logits, lambda state: Task.loss(logits(state), examples.labels))
+
+
+#: (the current batch, the trained State, generator) → scalar loss.
 #: Whatever it remembers between steps is lost when training resumes: draw from the generator only.
-Loss = Callable[[Logits, State, Tensor, torch.Generator], Tensor]
+Loss = Callable[[Batch, State, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,6 @@ class Recipe:
         return replace(self, steps=steps, batch_size=batch_size, warmup=warmup)
 
 
-def cross_entropy(logits: Logits, state: State, labels: Tensor, rng: torch.Generator) -> Tensor:
-    """The plain loss."""
-    return Task.loss(logits(state), labels)
+def plain(batch: Batch, state: State, rng: torch.Generator) -> Tensor:
+    """The testbed's own loss."""
+    return batch.loss(state)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from benchmark.api.recipe import Loss, Recipe, cross_entropy
+from benchmark.api.recipe import Batch, Loss, Recipe, plain
 from benchmark.core.data import Split, Task
 from benchmark.core.state import State, forward_of, statistic
 from benchmark.learn.adapters import Adapters
@@ -47,7 +47,7 @@ def fine_tune(
     caller deletes the file.
     """
     recipe = recipe or testbed.recipe
-    loss = loss or cross_entropy
+    loss = loss or plain
     device = next(iter(start.values())).device
     snapshots = Snapshots(resume, (testbed, recipe, loss), start, examples, rng)
     trained: _Trained = (
@@ -71,16 +71,10 @@ def fine_tune(
 
     def advance(step: int) -> None:
         task, stream = streams[step % len(streams)]
-        batch = stream.draw()
-
-        def logits(state: State, task: Task = task, batch: Split = batch) -> Tensor:
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                features = forward_of(state, testbed.features)(state, batch.given)
-            return task.logits(features.float())
-
+        batch = batch_of(testbed, task, stream.draw(), rng)
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss(logits, trained.state(), batch.labels, rng).backward()
+            loss(batch, trained.state(), rng).backward()
         if recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
         optimizer.step()
@@ -96,6 +90,29 @@ def fine_tune(
             check()
     with torch.no_grad():
         return {k: v if v is start[k] else v.detach() for k, v in trained.state().items()}
+
+
+def batch_of(testbed: Testbed, task: Task, examples: Split, rng: torch.Generator) -> Batch:
+    """Examples as a loss sees them. Draws from ``rng`` only where the testbed's own loss does."""
+
+    def logits(state: State) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=examples.labels.is_cuda):
+            features = forward_of(state, testbed.features)(state, examples.given)
+        return task.logits(features.float())
+
+    seeds: list[int] = []
+
+    def draws() -> torch.Generator:
+        # Of a loss that draws nothing the trainings are as if there were no such thing.
+        if not seeds:
+            seeds.append(int(torch.randint(2**62, (), generator=rng)))
+        return torch.Generator().manual_seed(seeds[0])
+
+    def own(state: State) -> Tensor:
+        return testbed.loss(state, batch).float()
+
+    batch = Batch(examples, logits, own, draws)
+    return batch
 
 
 def _with_head(task: Task, device: torch.device) -> Task:

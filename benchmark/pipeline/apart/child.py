@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmark.anatomy import Anatomy
 from benchmark.api import methods
 from benchmark.api.contracts import Card, Defense, Testbed, Victim
-from benchmark.api.recipe import Loss, Recipe
+from benchmark.api.recipe import Batch, Loss, Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import (
     AccessError,
@@ -123,6 +123,10 @@ class Owned(Testbed):
         reply = self.line.ask("initialise", rng=pack_generator(rng))
         rng.set_state(unpack_generator(reply["rng"]).get_state())
         return read_tensors(self.folder / "initial.safetensors")
+
+    def loss(self, state: State, batch: Batch) -> Tensor:
+        own = getattr(self.parcel.arena, "loss", super().loss)
+        return own(state, batch)
 
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.parcel.arena.features(state, inputs)
