@@ -197,16 +197,15 @@ def top_share(weights: dict[str, Tensor], share: float) -> dict[str, Tensor]:
 
 
 def _gradient(victim: Victim, state: State, keys: list[str], rng: torch.Generator) -> State:
-    """∂CE/∂θ at ``state``, over up to 256 training examples."""
+    """∂L/∂θ at ``state``, L the training loss, over up to 256 training examples."""
     train = victim.task.train
     rows = torch.randperm(len(train), generator=rng)[:_EXAMPLES].to(train.labels.device)
     leaves = {key: state[key].detach().clone().requires_grad_() for key in keys}
     total = {key: torch.zeros_like(value) for key, value in leaves.items()}
     for part in rows.split(_BATCH):
-        batch = train[part]
+        batch = victim.batch(train[part], rng)
         with torch.enable_grad():
-            logits = victim.task.logits(victim.features({**state, **leaves}, batch.given))
-            loss = victim.task.loss(logits, batch.labels, reduction="sum")
+            loss = batch.loss({**state, **leaves}) * len(part)
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for key, gradient in zip(leaves, found, strict=True):
             if gradient is not None:

@@ -9,13 +9,14 @@ cell must agree. Of 144 honest cells none did.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from math import ceil
 
 from benchmark.core.records import Cell
-from benchmark.evaluation.scoring import Gains
+from benchmark.evaluation.scoring import Gains, units
 from benchmark.evaluation.soundness import measured
 from leaderboard import noise
 from leaderboard.noise import Leaning, difference, flips
@@ -30,6 +31,8 @@ WORTH = 0.02
 #: Logits of another machine differ in their last digits; gaps are compared by their magnitude.
 GAP_FACTOR = 10.0
 GAP_FLOOR = 1e-5
+#: Share of itself by which a measure of samples may differ, and as much again.
+QUALITY = 0.05
 #: FLOPs are counted, not timed, but kernels count attention each in their own way (7 % apart).
 FLOPS_FACTOR = 1.5
 
@@ -40,6 +43,7 @@ _UNSEEN_FLAGS = {"norm-blow-up", "partly-covered"}
 #: Facts that no machine changes.
 _FIXED = (
     "access", "task_id", "one_coefficient", "changes_modules", "qk_gauge", "n_val", "n_test",
+    "duties",
 )  # fmt: skip
 
 
@@ -53,6 +57,7 @@ def differences(stated: Cell, found: Cell) -> Iterator[str]:
     yield from _protection(stated, found)
     yield from _shares(stated, found)
     yield from _gaps(stated, found)
+    yield from _quality(stated, found)
     if not _other_winner(stated, found):
         yield from _budget(stated, found)
 
@@ -124,6 +129,16 @@ def _outcomes(stated: Cell, found: Cell) -> Iterator[str]:
             yield f"outcomes of {group} {problem}"
 
 
+def _quality(stated: Cell, found: Cell) -> Iterator[str]:
+    """Distances and shares over the same samples, which move a little with their last digits."""
+    tied = _tied(stated, found)
+    for who, measures in found.quality.items():
+        for name, value in measures.items() if who not in tied else ():
+            said = stated.quality.get(who, {}).get(name, math.nan)
+            if not abs(value - said) <= QUALITY * (1 + abs(value)):
+                yield f"{name} of {who} is {value:.3g}, stated {said:.3g}"
+
+
 def _protection(stated: Cell, found: Cell) -> Iterator[str]:
     """What the outcomes come to, where the same candidates were chosen and the same rule applies:
     a release that leaves just no benefit has protection 0, and one that leaves a little has not."""
@@ -144,7 +159,8 @@ def may_differ(found: Cell) -> float:
     """By how much protection may differ from that of a measured cell made here."""
     gains = Gains.of(found)
     assert gains is not None
-    return noise.protection(gains, list(found.expert_accuracy.values()), found.n_test)
+    unit = units(found.expert_accuracy, secrets=bool(found.duties))
+    return noise.protection(gains, list(unit.values()), found.n_test)
 
 
 def _percent(net: int, n: int) -> str:

@@ -189,7 +189,7 @@ _FIGURES = (
     "accuracy", "normalized", "gain", "gain_undefended", "gain_outside", "gain_reference",
     "protection", "protection_ci", "merged_accuracy", "fixed", "expert_accuracy", "zero_shot",
     "utility", "utility_drop", "standalone", "seen", "logit_gap", "bf16_gap", "bf16_gap_expert",
-    "recovered_gap", "correct", "benign", "flags",
+    "recovered_gap", "correct", "benign", "quality", "flags",
 )  # fmt: skip
 
 

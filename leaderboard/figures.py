@@ -6,9 +6,9 @@ flags, from all of these and the logit gaps. Where a chosen model is one of thos
 with (the release or the base alone, an outside option), its outcomes are that one's. What is only
 bounded, so that only another entry (:mod:`leaderboard.shared`) or a re-run
 (:mod:`leaderboard.differences`) finds it out: the outcomes themselves, ``standalone``, ``fixed``,
-``seen``, the logit gaps, ``benign``, ``budget``, and norm-blow-up, which needs weights. What
-nothing checks: seconds, which are those of the submitter's machine, ``search``, ``notes``, and the
-weights behind a hash.
+``seen``, ``quality``, the logit gaps, ``benign``, ``budget``, and norm-blow-up (of the weights).
+What nothing checks: seconds, which are those of the submitter's machine, ``search``, ``notes``, and
+the weights behind a hash.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from benchmark.api.contracts import Access, Attack, Card, Ensemble, Merger
 from benchmark.core.errors import MethodError
-from benchmark.core.records import Cell
+from benchmark.core.records import QUALITIES, Cell
 from benchmark.evaluation.benign import USES
 from benchmark.evaluation.flags import FLAGS, of_cell
 from benchmark.evaluation.soundness import contradictions, measured, same
@@ -122,6 +122,10 @@ def _of_shares(cell: Cell, suite: Suite) -> Iterator[str]:
     for use, models in cell.benign.items():
         if use not in USES or any(not 0 <= share <= 1 for share in models.values()):
             yield f"benign[{use}] is no known use, or no share"
+    if cell.quality.keys() - QUALITIES or not all(
+        0 <= value < math.inf for of in cell.quality.values() for value in of.values()
+    ):
+        yield "quality of unknown models, or no finite measures"
     for name in ("logit_gap", "bf16_gap", "bf16_gap_expert", "recovered_gap"):
         gap = getattr(cell, name)
         if gap is not None and gap < 0:

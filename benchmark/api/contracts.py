@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmark.anatomy import Anatomy
 from benchmark.api.knowledge import Access, Budget, FineTune, Knowledge
-from benchmark.api.recipe import Batch, Loss, Recipe
+from benchmark.api.recipe import Batch, Loss, Recipe, plain_loss
 from benchmark.core.data import Split, Task
 from benchmark.core.state import Forward, State
 from benchmark.io.assets import Asset
@@ -79,6 +79,7 @@ class Victim:
     architecture it runs, without weights, whose modules :mod:`benchmark.anatomy.taps` can watch.
     ``note(key, value)`` reports what a defense found out on its way (a search, a constant it
     chose): a JSON value under ``"method.what"``, kept with the release, written into its cells.
+    ``loss`` is what training minimises (:meth:`batch`).
     """
 
     base: State
@@ -91,6 +92,7 @@ class Victim:
     features: Forward
     module: torch.nn.Module
     note: Callable[[str, object], None] = _unheard
+    loss: Callable[[State, Batch], Tensor] = plain_loss
 
     def accuracy(self, state: State, split: Split, batch_size: int = 512) -> float:
         """The share of ``split`` that ``state`` classifies correctly (0 if its logits are NaN)."""
@@ -101,6 +103,10 @@ class Victim:
                 logits = self.task.logits(ask(batch.given))
                 right += int(self.task.answered(logits, batch, ask).sum())
         return right / len(split)
+
+    def batch(self, examples: Split, rng: torch.Generator) -> Batch:
+        """Examples of the victim's task, with the training loss of any State on them."""
+        return Batch.of(self.task, examples, self.features, self.loss, rng)
 
     def train(
         self,
@@ -380,6 +386,11 @@ class Testbed(ABC):
         """How the expert of one task is trained."""
         return self.recipe
 
+    def quality(self, state: State, task: Task) -> dict[str, float]:
+        """Measures, at least 0, of what a State makes on the test split of a task, which no single
+        example shows (a Fréchet distance). Stated beside the score."""
+        return {}
+
     def unfit(self, task: str, expert: State) -> str:
         """Why an expert, on the CPU, is not what the testbed is about; empty if it is. Nothing is
         measured on one that is not."""
@@ -398,7 +409,7 @@ class Testbed(ABC):
 
         What it draws, it draws from ``batch.rng()``.
         """
-        return Task.loss(batch.logits(state), batch.labels)
+        return plain_loss(state, batch)
 
     @abstractmethod
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:

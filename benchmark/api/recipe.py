@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmark.core.data import Split, Task
-from benchmark.core.state import State
+from benchmark.core.state import Forward, State, forward_of
 
 Projection = Literal["q", "k", "v", "o"]
 #: Learning rate of adapters, in units of the rate that suits all weights.
@@ -57,6 +57,40 @@ class Batch:
     def classified(cls, examples: Split, logits: Logits) -> Batch:
         """A batch whose loss is the cross-entropy of its logits."""
         return cls(examples, logits, lambda state: Task.loss(logits(state), examples.labels))
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        examples: Split,
+        features: Forward,
+        loss: Callable[[State, Batch], Tensor],
+        rng: torch.Generator,
+    ) -> Batch:
+        """``examples`` of a testbed with this forward pass and this loss of its own.
+
+        Draws from ``rng`` only where that loss does: without, trainings are as if there were no
+        such thing.
+        """
+        seeds: list[int] = []
+
+        def draws() -> torch.Generator:
+            if not seeds:
+                seeds.append(int(torch.randint(2**62, (), generator=rng)))
+            return torch.Generator().manual_seed(seeds[0])
+
+        def logits(state: State) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16, enabled=examples.labels.is_cuda):
+                found = forward_of(state, features)(state, examples.given)
+            return task.logits(found.float())
+
+        batch = cls(examples, logits, lambda state: loss(state, batch).float(), draws)
+        return batch
+
+
+def plain_loss(state: State, batch: Batch) -> Tensor:
+    """Cross-entropy of the logits: the loss of a testbed that has no other."""
+    return Task.loss(batch.logits(state), batch.labels)
 
 
 #: (the current batch, the trained State, generator) → scalar loss.

@@ -68,6 +68,7 @@ def victim(
         initialise=lambda rng: ours(testbed.initialise(rng)),
         features=testbed.features,
         module=testbed.module(),
+        loss=testbed.loss,
     )
 
 

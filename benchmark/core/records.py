@@ -12,6 +12,9 @@ SCHEMA_VERSION = 2
 #: forward are public.
 OF_MODULES = ("read-shipped", "auto(tier=unlabeled)")
 
+#: Models of whose samples a cell states the quality.
+QUALITIES = ("released", "undefended", "attacked")
+
 Status = Literal["ok", "no-benefit", "error", "skipped"]
 
 
@@ -103,6 +106,7 @@ class Cell(BaseModel):
     ``duties``: of a victim that keeps secrets, the tasks on which its utility is judged. Then what
     is right on the victim's task is a leak, G is the share that leaks, partners' tasks play no
     part, and ``correct`` has expert and ``released`` on the duties too.
+    ``quality``: where the testbed measures such, of what ``QUALITIES`` make on the victim's task.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -158,6 +162,7 @@ class Cell(BaseModel):
     flags: list[str] = Field(default_factory=list)
     notes: dict[str, object] = Field(default_factory=dict)
     duties: list[str] = Field(default_factory=list)
+    quality: dict[str, dict[str, float]] = Field(default_factory=dict)
 
     @property
     def scored(self) -> tuple[str, ...]:

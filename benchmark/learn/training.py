@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmark.api.recipe import Batch, Loss, Recipe, plain
 from benchmark.core.data import Split, Task
-from benchmark.core.state import State, forward_of, statistic
+from benchmark.core.state import State, statistic
 from benchmark.learn.adapters import Adapters
 from benchmark.learn.batches import Batches
 from benchmark.learn.snapshots import Snapshots, interruptible
@@ -71,7 +71,7 @@ def fine_tune(
 
     def advance(step: int) -> None:
         task, stream = streams[step % len(streams)]
-        batch = batch_of(testbed, task, stream.draw(), rng)
+        batch = Batch.of(task, stream.draw(), testbed.features, testbed.loss, rng)
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss(batch, trained.state(), rng).backward()
@@ -90,29 +90,6 @@ def fine_tune(
             check()
     with torch.no_grad():
         return {k: v if v is start[k] else v.detach() for k, v in trained.state().items()}
-
-
-def batch_of(testbed: Testbed, task: Task, examples: Split, rng: torch.Generator) -> Batch:
-    """Examples as a loss sees them. Draws from ``rng`` only where the testbed's own loss does."""
-
-    def logits(state: State) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=examples.labels.is_cuda):
-            features = forward_of(state, testbed.features)(state, examples.given)
-        return task.logits(features.float())
-
-    seeds: list[int] = []
-
-    def draws() -> torch.Generator:
-        # Of a loss that draws nothing the trainings are as if there were no such thing.
-        if not seeds:
-            seeds.append(int(torch.randint(2**62, (), generator=rng)))
-        return torch.Generator().manual_seed(seeds[0])
-
-    def own(state: State) -> Tensor:
-        return testbed.loss(state, batch).float()
-
-    batch = Batch(examples, logits, own, draws)
-    return batch
 
 
 def _with_head(task: Task, device: torch.device) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from benchmark.api.contracts import Access, Attack, Setting
 from benchmark.api.methods import Named, attack, defense, merger
 from benchmark.core.errors import Tampered, described, stop_if_serious
 from benchmark.core.records import Cell, Hashes, Seconds, Spent
-from benchmark.core.state import digest
+from benchmark.core.state import State, digest
 from benchmark.evaluation import flags, utility
 from benchmark.evaluation.scoring import (
     SITUATIONS,
@@ -178,6 +178,8 @@ class CellMaker:
             for of, tasks in ((expert, cell.duties), (shipped, [victim, *cell.duties]))
         )
         cell.correct = _packed(expert={**experts, **own}, base=base, released=kept)
+        if found := self._quality(shipped.identity, shipped.state, at):
+            cell.quality["released"] = found
         judged = utility.judged(cell)
         worst = max(judged, key=lambda task: lost([judged[task]]))
         right, answered, n = judged[worst]
@@ -197,21 +199,24 @@ class CellMaker:
             key=lambda outcome: outcome.score,
         )
         experts = self.rider.experts(at, "test")
+        for who, chosen in (("undefended", undefended.best), ("attacked", attacked.best)):
+            if found := self._quality(chosen.content, chosen.build, at):
+                cell.quality[who] = found
         cell.choice = attacked.best.name
         cell.outside_choice = outside.best.name
         cell.setting = attacked.best.setting.to_dict() if attacked.best.setting else {}
         cell.accuracy = accuracies(attacked.correct)
         unit = units(accuracies(experts), secrets=bool(cell.duties))
         cell.normalized = normalized(cell.accuracy, unit)
-        found = {
+        outcomes = {
             "attacked": attacked.correct,
             "undefended": undefended.correct,
             "outside": outside.correct,
             "reference": reference.correct,
         }
-        cell.correct |= _packed(**found)
+        cell.correct |= _packed(**outcomes)
         alone = is_release(cell.outside_choice)
-        gains = Gains.made((gain(found[who], unit) for who in SITUATIONS), alone=alone)
+        gains = Gains.made((gain(outcomes[who], unit) for who in SITUATIONS), alone=alone)
         cell.gain, cell.gain_undefended = gains.attacked, gains.undefended
         cell.gain_outside, cell.gain_reference = gains.outside, gains.reference
         cell.status, cell.protection = gains.status, gains.protection
@@ -221,6 +226,10 @@ class CellMaker:
             cell.protection_ci = ratio_protection(
                 cell.correct, alone=alone, scope=cell.testbed, secrets=bool(cell.duties)
             ).interval
+
+    def _quality(self, content: str, build: Callable[[], State], at: Situation) -> dict[str, float]:
+        victim = at.group.victim
+        return self.measure.quality(content, build, victim, len(self.rider.rows(victim)))
 
     def _merged(self, cell: Cell, at: Situation, attacked: Outcome) -> None:
         """The best merge that uses the victim."""

@@ -162,6 +162,10 @@ def bf16(bench: str, model: str, task: str, rows: int) -> str:
     return sha("bf16", bench, model, task, rows)
 
 
+def quality(bench: str, model: str, task: str, rows: int) -> str:
+    return sha("quality", bench, model, task, rows)
+
+
 def growth(model: str, reference: str) -> str:
     return sha("growth", model, reference)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
+from benchmark.api.contracts import Testbed
 from benchmark.core.data import Split
 from benchmark.core.state import State, norm_growth, rounded
 from benchmark.evaluation.statistics import pack_bits, unpack_bits
@@ -54,6 +56,21 @@ class Measure:
             outcomes = identity.outcomes(self.bench.key, node.identity, task, "test", rows)
             self.store.put(outcomes, pack_bits(right))
             self.store.put(key, found)
+        return found
+
+    def quality(
+        self, model: str, build: Callable[[], State], task: str, n: int
+    ) -> dict[str, float]:
+        """What the testbed measures of a model's work on the first ``n`` test examples."""
+        if type(self.bench.testbed).quality is Testbed.quality:
+            return {}
+
+        def made() -> dict[str, float]:
+            whole = self.evaluator.task(task)
+            return self.bench.testbed.quality(build(), replace(whole, test=whole.test[:n]))
+
+        key = identity.quality(self.bench.key, model, task, n)
+        found: dict[str, float] = self.store.result(key, made)
         return found
 
     def in_bf16(self, node: Node, task: str) -> float:

@@ -242,6 +242,7 @@ class Workbench:
             features=self.testbed.features,
             module=self.testbed.module(),
             note=note,
+            loss=self.testbed.loss,
         )
 
     def knowledge(

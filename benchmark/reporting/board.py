@@ -156,7 +156,8 @@ class Row(BaseModel):
     their difference in points. ``tied`` says that the rank is shared. ``covered``: the share of the
     benefit of merging, over all that the suite asks, that lies in cells which this defense neither
     empties nor leaves out. ``protect_multiple`` is ``protect_seconds`` over what fine-tuning the
-    expert took. ``leaks``: of releases that keep secrets.
+    expert took. ``leaks``: of releases that keep secrets. ``quality``: what a
+    testbed measures of samples of release, undefended and attacked merge, means over cells.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -182,6 +183,7 @@ class Row(BaseModel):
     protect_multiple: float | None = None
     benign: dict[str, Use] = Field(default_factory=dict)
     leaks: Leaks | None = None
+    quality: dict[str, dict[str, float]] = Field(default_factory=dict)
     flags: list[str] = Field(default_factory=list)
 
     @property

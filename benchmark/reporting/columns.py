@@ -90,6 +90,12 @@ def _spent(found: Break) -> str:
     return f"{data}, {work}{found.seconds:.1f} s"
 
 
+def _drawn(row: Row) -> Shown:
+    found = {who: measures["frechet"] for who, measures in row.quality.items()}
+    below = [f"{found[who]:.2f} {who}" for who in ("undefended", "released") if who in found]
+    return number("{:.2f}", found.get("attacked"), *below)
+
+
 def _leaked(row: Row) -> Shown:
     if row.leaks is None:
         return Shown("–", "dim")
@@ -298,6 +304,24 @@ COLUMNS = (
         (Field("utility", lambda row: row.utility), Field("expert", lambda row: row.expert)),
         _SUMMED,
         number=True,
+    ),
+    Column(
+        "quality",
+        "Fréchet distance",
+        "Of a generator: distance of what the attacked merge draws from real images of the "
+        "victim's classes, in the features of a frozen classifier; below it, of the undefended "
+        "merge and of the release. Means over attacks, mergers, victims and seeds.",
+        _drawn,
+        tuple(
+            Field(
+                f"{name}_{who}", lambda row, who=who, name=name: row.quality.get(who, {}).get(name)
+            )  # type: ignore[misc]
+            for name in ("frechet", "precision", "recall")
+            for who in ("attacked", "undefended", "released")
+        ),
+        _SUMMED,
+        number=True,
+        wanted=lambda board: any(row.quality for row in board.rows),
     ),
     Column(
         "drop",

@@ -172,6 +172,7 @@ def _row(
         protect_multiple=multiple,
         benign=costs.of_honest_use(cells),
         leaks=_leaks(cells),
+        quality=_quality(cells),
     )
     _set_utility(row, cells)
     row.flags = _flags(cells, entries, card)
@@ -252,6 +253,19 @@ def _leaks(cells: Sequence[Cell]) -> Leaks | None:
             for task, of in kept.items()
         },
     )
+
+
+def _quality(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
+    """Means over cells of what was measured of each model's samples."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        for who, measures in cell.quality.items():
+            for name, value in measures.items():
+                found[who][name].append(value)
+    return {
+        who: {name: fmean(values) for name, values in measures.items()}
+        for who, measures in found.items()
+    }
 
 
 def _flags(cells: Sequence[Cell], entries: Sequence[Entry], card: Card) -> list[str]:

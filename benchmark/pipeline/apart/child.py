@@ -167,6 +167,7 @@ class Owned(Testbed):
             features=self.features,
             module=self.module(),
             note=note,
+            loss=self.loss,
         )
 
 
