@@ -84,7 +84,7 @@ def test_who_has_no_images_learns_nothing(quick: DiffusionDigits) -> None:
     assert set(task.train.inputs) == set(task.test.inputs) == {"noise", "code"}
     with pytest.raises(MethodError, match="learns from images"):
         fine_tune(quick, {"low": task}, quick.base(), {"low": task.test}, generator())
-    with pytest.raises(UsageError, match="no task 'lowe'.*low"):
+    with pytest.raises(UsageError, match=r"no task 'lowe'.*low"):
         quick.task("lowe")
     with pytest.raises(ValueError, match="euler"):
         DiffusionDigits(euler=0)

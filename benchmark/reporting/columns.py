@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from benchmark.core.records import QUALITIES
 from benchmark.evaluation.thresholds import BROKEN, EXACT, HOLDS, NO_BENEFIT
 from benchmark.reporting.board import (
     GATE,
@@ -94,6 +95,10 @@ def _drawn(row: Row) -> Shown:
     found = {who: measures["frechet"] for who, measures in row.quality.items()}
     below = [f"{found[who]:.2f} {who}" for who in ("undefended", "released") if who in found]
     return number("{:.2f}", found.get("attacked"), *below)
+
+
+def _of_samples(who: str, name: str) -> Field:
+    return Field(f"{name}_{who}", lambda row: row.quality.get(who, {}).get(name))
 
 
 def _leaked(row: Row) -> Shown:
@@ -313,11 +318,9 @@ COLUMNS = (
         "merge and of the release. Means over attacks, mergers, victims and seeds.",
         _drawn,
         tuple(
-            Field(
-                f"{name}_{who}", lambda row, who=who, name=name: row.quality.get(who, {}).get(name)
-            )  # type: ignore[misc]
+            _of_samples(who, name)
             for name in ("frechet", "precision", "recall")
-            for who in ("attacked", "undefended", "released")
+            for who in QUALITIES
         ),
         _SUMMED,
         number=True,
