@@ -22,7 +22,9 @@ from pydantic import (
 )
 
 from benchmark.api.contracts import Card
+from benchmark.core.errors import UnmergeBenchError
 from benchmark.core.keys import sha
+from benchmark.core.pictures import unpack
 from benchmark.core.records import Cell
 from benchmark.evaluation.soundness import measured, unfit
 from benchmark.pipeline.suite import Suite
@@ -189,7 +191,8 @@ _FIGURES = (
     "accuracy", "normalized", "gain", "gain_undefended", "gain_outside", "gain_reference",
     "protection", "protection_ci", "merged_accuracy", "fixed", "expert_accuracy", "zero_shot",
     "utility", "utility_drop", "standalone", "seen", "logit_gap", "bf16_gap", "bf16_gap_expert",
-    "recovered_gap", "correct", "benign", "quality", "flags",
+    "recovered_gap", "correct", "benign", "quality", "pictures",
+    "flags",
 )  # fmt: skip
 
 
@@ -207,5 +210,10 @@ def _fits(cell: Cell, test: int) -> None:
         raise ValueError("more outcomes than the suite has test examples")
     if problem := unfit(cell):
         raise ValueError(problem)
+    for text in cell.pictures.values():
+        try:
+            unpack(text)
+        except UnmergeBenchError as error:
+            raise ValueError(str(error)) from None
     if not measured(cell) and any(getattr(cell, f) not in (None, {}, []) for f in _FIGURES):
         raise ValueError(f"a cell with status {cell.status} holds figures")

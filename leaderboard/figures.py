@@ -122,7 +122,7 @@ def _of_shares(cell: Cell, suite: Suite) -> Iterator[str]:
     for use, models in cell.benign.items():
         if use not in USES or any(not 0 <= share <= 1 for share in models.values()):
             yield f"benign[{use}] is no known use, or no share"
-    if cell.quality.keys() - QUALITIES or not all(
+    if (cell.quality.keys() | cell.pictures.keys()) - set(QUALITIES) or not all(
         0 <= value < math.inf for of in cell.quality.values() for value in of.values()
     ):
         yield "quality of unknown models, or no finite measures"

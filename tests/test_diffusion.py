@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmark.anatomy import Anatomy
 from benchmark.api import methods
 from benchmark.api.recipe import Batch, Recipe
-from benchmark.core.errors import MethodError, UsageError
+from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError
+from benchmark.core.pictures import MOST, pack, unpack
 from benchmark.core.state import State, digest, rounded
 from benchmark.evaluation.accuracy import Evaluator
 from benchmark.learn.training import fine_tune
 from benchmark.pipeline import plan as planning
 from benchmark.pipeline import run as running
 from benchmark.pipeline.suite import Group, Suite
-from benchmark.reporting import columns
+from benchmark.reporting import columns, write
 from benchmark.reporting.ranking import rank
 from benchmark.testbeds import diffusion_digits, samples
 from benchmark.testbeds.diffusion_digits import DiffusionDigits
@@ -192,9 +194,30 @@ def test_cells_and_the_board_state_the_quality(
         assert cell.status in ("ok", "no-benefit"), cell.reason
         assert set(cell.quality) == {"released", "undefended", "attacked"}
         assert set(cell.quality["attacked"]) == {"frechet", "precision", "recall"}
+        # Five digits, two of each, from the same noise.
+        assert {unpack(text).shape for text in cell.pictures.values()} == {(10, 8, 8)}
+    none, params = cells
+    assert none.pictures["undefended"] == none.pictures["attacked"] == params.pictures["undefended"]
+    write(tmp_path / "run", cells, {})
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "What is drawn" in page
+    assert page.count('alt="drawn by the model') == 6
     board = rank(cells)
     shown = columns.of_view("page", board)
     assert "quality" in {column.name for column in shown}
     row = board.rows[0]
     column = next(column for column in shown if column.name == "quality")
     assert column.show(row).text == f"{row.quality['attacked']['frechet']:.2f}"
+
+
+def test_pictures_are_text_that_says_its_own_size() -> None:
+    some = np.linspace(-0.5, 1.5, 2 * 3 * 4).reshape(2, 3, 4)
+    assert np.array_equal(unpack(pack(some)), np.round(some.clip(0, 1) * 255))
+    assert unpack(pack(np.full((1, 1, 1), np.nan))).tolist() == [[[0]]]
+    with pytest.raises(ValueError, match="pixels"):
+        pack(np.zeros((1, 200, 200)))
+    whole = pack(some)
+    for damaged in ("", "2x3:00", whole[:-1], whole + "00", whole.replace("2x", "0x", 1),
+                    whole.upper(), f"9999x9999x9999:{'00' * 4}", f"1x1x{MOST + 1}:00"):  # fmt: skip
+        with pytest.raises(UnmergeBenchError, match="damaged pictures"):
+            unpack(damaged)

@@ -391,6 +391,11 @@ class Testbed(ABC):
         example shows (a Fréchet distance). Stated beside the score."""
         return {}
 
+    def pictures(self, state: State, task: Task) -> Tensor | None:
+        """A few of what a State draws on the test split of a task, (k, h, w) within [0, 1]; None
+        where there is nothing to see."""
+        return None
+
     def unfit(self, task: str, expert: State) -> str:
         """Why an expert, on the CPU, is not what the testbed is about; empty if it is. Nothing is
         measured on one that is not."""

@@ -106,7 +106,8 @@ class Cell(BaseModel):
     ``duties``: of a victim that keeps secrets, the tasks on which its utility is judged. Then what
     is right on the victim's task is a leak, G is the share that leaks, partners' tasks play no
     part, and ``correct`` has expert and ``released`` on the duties too.
-    ``quality``: where the testbed measures such, of what ``QUALITIES`` make on the victim's task.
+    ``quality``: where the testbed measures such, of what ``QUALITIES`` make on the victim's task;
+    ``pictures``: a few of it (:mod:`benchmark.core.pictures`), from the same noise.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -163,6 +164,7 @@ class Cell(BaseModel):
     notes: dict[str, object] = Field(default_factory=dict)
     duties: list[str] = Field(default_factory=list)
     quality: dict[str, dict[str, float]] = Field(default_factory=dict)
+    pictures: dict[str, str] = Field(default_factory=dict)
 
     @property
     def scored(self) -> tuple[str, ...]:

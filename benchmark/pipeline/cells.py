@@ -178,8 +178,7 @@ class CellMaker:
             for of, tasks in ((expert, cell.duties), (shipped, [victim, *cell.duties]))
         )
         cell.correct = _packed(expert={**experts, **own}, base=base, released=kept)
-        if found := self._quality(shipped.identity, shipped.state, at):
-            cell.quality["released"] = found
+        self._samples(cell, "released", shipped.identity, shipped.state)
         judged = utility.judged(cell)
         worst = max(judged, key=lambda task: lost([judged[task]]))
         right, answered, n = judged[worst]
@@ -200,8 +199,7 @@ class CellMaker:
         )
         experts = self.rider.experts(at, "test")
         for who, chosen in (("undefended", undefended.best), ("attacked", attacked.best)):
-            if found := self._quality(chosen.content, chosen.build, at):
-                cell.quality[who] = found
+            self._samples(cell, who, chosen.content, chosen.build)
         cell.choice = attacked.best.name
         cell.outside_choice = outside.best.name
         cell.setting = attacked.best.setting.to_dict() if attacked.best.setting else {}
@@ -227,9 +225,13 @@ class CellMaker:
                 cell.correct, alone=alone, scope=cell.testbed, secrets=bool(cell.duties)
             ).interval
 
-    def _quality(self, content: str, build: Callable[[], State], at: Situation) -> dict[str, float]:
-        victim = at.group.victim
-        return self.measure.quality(content, build, victim, len(self.rider.rows(victim)))
+    def _samples(self, cell: Cell, who: str, content: str, build: Callable[[], State]) -> None:
+        """What the testbed measures and shows of a model's work, where it does."""
+        rows = self.rider.rows(cell.victim)
+        if quality := self.measure.quality(content, build, cell.victim, len(rows)):
+            cell.quality[who] = quality
+        if pictures := self.measure.pictures(content, build, cell.victim):
+            cell.pictures[who] = pictures
 
     def _merged(self, cell: Cell, at: Situation, attacked: Outcome) -> None:
         """The best merge that uses the victim."""

@@ -166,6 +166,10 @@ def quality(bench: str, model: str, task: str, rows: int) -> str:
     return sha("quality", bench, model, task, rows)
 
 
+def pictures(bench: str, model: str, task: str) -> str:
+    return sha("pictures", bench, model, task)
+
+
 def growth(model: str, reference: str) -> str:
     return sha("growth", model, reference)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmark.api.contracts import Testbed
 from benchmark.core.data import Split
+from benchmark.core.pictures import pack
 from benchmark.core.state import State, norm_growth, rounded
 from benchmark.evaluation.statistics import pack_bits, unpack_bits
 from benchmark.pipeline import identity
@@ -72,6 +73,18 @@ class Measure:
         key = identity.quality(self.bench.key, model, task, n)
         found: dict[str, float] = self.store.result(key, made)
         return found
+
+    def pictures(self, model: str, build: Callable[[], State], task: str) -> str:
+        """A few of what a model draws, packed; empty where there is nothing to see."""
+        if type(self.bench.testbed).pictures is Testbed.pictures:
+            return ""
+
+        def made() -> str:
+            found = self.bench.testbed.pictures(build(), self.evaluator.task(task))
+            return "" if found is None else pack(found.cpu().numpy())
+
+        key = identity.pictures(self.bench.key, model, task)
+        return str(self.store.result(key, made))
 
     def in_bf16(self, node: Node, task: str) -> float:
         """Max relative |Δlogit| that storing a node's State in bfloat16 costs."""

@@ -14,6 +14,7 @@ from benchmark.core.records import Cell
 from benchmark.reporting import columns
 from benchmark.reporting.board import TRACKS, Entry, Leaderboard
 from benchmark.reporting.costs import Curve, break_curves
+from benchmark.reporting.drawn import drawn
 from benchmark.reporting.shown import MARKS, percent, score
 from benchmark.reporting.summary import (
     accuracy_lines,
@@ -64,6 +65,7 @@ def page(
         breaking=[table for x in ("per_class", "flops") if (table := _breaking(board, x))],
         uses=list(dict.fromkeys(use for row in board.rows for use in row.benign)),
         left_out=_left_out(cells),
+        drawn=drawn(cells),
         tasks=task_lines(cells),
         accuracies=accuracy_lines(cells, order),
         fixed=fixed_lines(cells, order),

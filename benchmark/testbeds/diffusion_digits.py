@@ -162,6 +162,14 @@ class DiffusionDigits(Testbed):
             drawn = self.images(state, task.test.inputs).cpu()
             return samples.measures(*(_classifier().raw(some) for some in (drawn, images)))
 
+    def pictures(self, state: State, task: Task) -> Tensor:
+        """The first two of each class, black on white."""
+        labels = task.test.labels
+        rows = torch.cat([(labels == label).nonzero()[:2, 0] for label in labels.unique()])
+        with torch.inference_mode():
+            drawn = self.images(state, task.test[rows].inputs)
+        return (1 - drawn[:, 0].clamp(-1, 1)) / 2
+
     @property
     def _drawing(self) -> Drawing:
         return Drawing(self.euler, _classifier())

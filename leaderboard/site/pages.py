@@ -21,6 +21,7 @@ from benchmark.pipeline.suite import builtin
 from benchmark.reporting.board import STANDINGS, TRACKS, Leaderboard, Row
 from benchmark.reporting.columns import TERMS
 from benchmark.reporting.costs import break_curves
+from benchmark.reporting.drawn import drawn
 from benchmark.reporting.html import two
 from benchmark.reporting.plots import BLUE, PALE, VERMILION
 from benchmark.reporting.shown import MARKS, percent, score
@@ -117,6 +118,7 @@ def _answer(answer: Answer) -> dict[str, Any]:
         "matrices": [_matrix(own, name) for name in dict.fromkeys(e.testbed for e in own.matrix)],
         "break_cost": figures.break_cost(own, question.id),
         "breaking": [_points(own, x) for x in ("per_class", "flops")],
+        "drawn": drawn(listed.entry.cells),
         "fixed": fixed,
         "curve": figures.coefficient_curve(fixed, question.id),
         "commands": commands(listed),
