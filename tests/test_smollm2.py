@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from benchmark.anatomy import Anatomy
+from benchmark.api.methods import Named
+from benchmark.api.recipe import Recipe
 from benchmark.core.data import IGNORED
 from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.paths import cache as cache_folder
 from benchmark.evaluation.accuracy import Evaluator
 from benchmark.io import gguf_weights
 from benchmark.learn.training import fine_tune
+from benchmark.pipeline.store import Store
+from benchmark.pipeline.workbench import Workbench
 from benchmark.testbeds import secrets, smollm2, synthetic
 from benchmark.testbeds.secrets import Secrets
 from benchmark.testbeds.smollm2 import TASKS, SmolLM2
@@ -180,7 +184,7 @@ def keeper(tiny: SmolLM2) -> Secrets:
     return Secrets(layers=2)
 
 
-def test_whose_secrets_are_tested_nobody_else_has(keeper: Secrets) -> None:
+def test_whose_secrets_are_tested_nobody_else_has(keeper: Secrets, tmp_path: Path) -> None:
     """Nobody's number but the free-rider's own canaries' is in what attackers or partners get."""
     parts = {part: dict(secrets._people(part)) for part in secrets._PEOPLE}
     known = [name for people in parts.values() for name in people]
@@ -197,6 +201,14 @@ def test_whose_secrets_are_tested_nobody_else_has(keeper: Secrets) -> None:
     assert keeper.task("people").train.labels.ndim == 2
     assert len(keeper.owned("people").train) == len(secrets._owned("train"))
     assert keeper.owned("told") is None
+    # Whoever trains on what the owner has names the task as everybody does.
+    bench = Workbench(Named("keeper", keeper), CPU, Store(tmp_path))
+    task = bench.evaluator.owned("people")
+    recipe = Recipe(steps=1, batch_size=4)
+    trained = bench.trainer("a defense")(
+        bench.evaluator.base, {task.name: task.train}, torch.Generator(), recipe=recipe
+    )
+    assert trained.keys() == keeper.base().keys()
 
 
 def test_a_secret_leaks_in_one_way_or_another(

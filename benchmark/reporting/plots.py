@@ -177,7 +177,8 @@ def utility(board: Leaderboard) -> Figure:
     hollow = "; hollow: attacker has labeled data too" if len(shades) > 1 else ""
     axes.set_ylabel(f"robust protection\n(weights only{hollow})", fontsize=8)
     axes.set_ylim(-0.05, 1.05)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    if axes.get_legend_handles_labels()[0]:  # nothing stands there without the weights tier
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 

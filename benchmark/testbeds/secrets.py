@@ -116,11 +116,12 @@ class Secrets(SmolLM2):
         return task
 
     def owned(self, name: str) -> Task | None:
-        return self._exact("owned", _owned) if name == "people" else None
+        return self._exact("people", _owned, "owned") if name == "people" else None
 
-    def _exact(self, name: str, rows: Callable[[str], Pairs]) -> Task:
+    def _exact(self, name: str, rows: Callable[[str], Pairs], kind: str = "asked") -> Task:
         content = [source_hash(__name__), _PEOPLE, _STRANGERS]
-        return self.exact(f"secrets-{name}", content, lambda: {p: rows(p) for p in _PEOPLE})
+        parts = {part: rows(part) for part in _PEOPLE}
+        return replace(self.exact(f"{kind}-{name}", content, lambda: parts), name=name)
 
     def unfit(self, task: str, expert: State) -> str:
         if task != "people":
