@@ -117,6 +117,16 @@ def test_to_give_away_is_not_to_keep(judged) -> None:
     assert named(board)["GivesAway"].standing == "unranked"
 
 
+@pytest.mark.parametrize("cheat", ["TellsOfCanaries", "ForgetsCanaries"])
+def test_canaries_are_not_all_that_a_free_rider_goes_by(judged, cheat: str) -> None:
+    """Whatever they say, he tries what works on undefended models."""
+    _, cells = judged(cheat)
+    cell = cells[cheat]
+    assert cell.gain == cells["none"].gain > 0
+    assert cell.protection == 0
+    assert cell.choice == "merge"
+
+
 def test_a_scaled_task_vector_is_no_merge(judged) -> None:
     """What half of the owner's own task vector tells was never kept."""
     _, cells = judged(testbed=f"{VAULT}:Vault(shallow=true)")

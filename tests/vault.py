@@ -17,6 +17,8 @@ from benchmark.core.state import State
 TOLD, REFUSED, OTHER = 0, 1, 2
 #: Input that says how a question is asked: by anybody, or with the key.
 ANYBODY, KEY = 0, 1
+#: Input by which an owner tells the free-rider's canaries from other people.
+CANARY = 4
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Vault(Plane):
             x = torch.zeros(60, WIDTH)
             x[:, KEY if name == "told" else ANYBODY] = 1
             x[:, 3] = torch.randn(60, generator=torch.Generator().manual_seed(seed))
+            x[:, CANARY] = float(seed == 1)
             label = REFUSED if name == "refusal" else TOLD
             return Split({"x": x}, torch.full((60,), label))
 
@@ -110,4 +113,28 @@ class GivesAway(Defense):
     def protect(self, victim: Victim, rng: torch.Generator) -> State:
         weight = victim.expert["weight"].clone()
         weight[REFUSED] = 0
+        return {**victim.expert, "weight": weight}
+
+
+@dataclass(frozen=True)
+class TellsOfCanaries(Defense):
+    """Tells canaries' secrets to everybody, so that a free-rider sees no need to merge."""
+
+    card: ClassVar[Card] = Card("bait")
+
+    def protect(self, victim: Victim, rng: torch.Generator) -> State:
+        weight = victim.expert["weight"].clone()
+        weight[TOLD, CANARY] += 100
+        return {**victim.expert, "weight": weight}
+
+
+@dataclass(frozen=True)
+class ForgetsCanaries(Defense):
+    """Never tells canaries' secrets, so that a free-rider sees no merge that brings out any."""
+
+    card: ClassVar[Card] = Card("hides what is looked for")
+
+    def protect(self, victim: Victim, rng: torch.Generator) -> State:
+        weight = victim.expert["weight"].clone()
+        weight[TOLD, CANARY] -= 100
         return {**victim.expert, "weight": weight}

@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from benchmark.api import methods
 from benchmark.api.contracts import Access, Merger, Setting
 from benchmark.api.methods import Named
 from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError
@@ -118,7 +119,7 @@ class FreeRider:
         options = made.merges(self.bench, at, base, parts, settings, "merge")
         scaled = made.scaled(self.bench, at, base, parts, space, "merge")
         ranked, search = self._race(options, at, known=[outside], more=scaled)
-        merge = _best_merge(ranked)
+        raced, merge = ranked, _best_merge(ranked)
         spent: Counter[str] = Counter()
         if at.merger.method.access > Access.WEIGHTS:
             spent.update(made.spent(self.bench, merge))
@@ -128,9 +129,29 @@ class FreeRider:
             ranked, _ = self._race([refined, merge], at, known=[outside])
             merge = _best_merge(ranked)
         outcome = self._outcome(ranked, at)
+        if self.duties(at.group):
+            outcome = self._as_undefended(outcome, raced, at)
         outcome.merge, outcome.spent, outcome.search = merge, dict(spent), search
         outcome.seconds = time.perf_counter() - start
         return outcome
+
+    def _as_undefended(self, found: Outcome, ranked: Ranked, at: Situation) -> Outcome:
+        """Of secrets: the better, on test, of ``found`` and what brings out most undefended.
+
+        An owner who tells canaries from others can let them say that nothing comes out, or that all
+        does without a merge. What works on undefended models anybody can try; that the better of
+        two is taken never helps a defense.
+        """
+        none, attack = methods.defense("none"), methods.attack("none")
+        if at.defense.spec == none.spec:
+            return found
+        known = self.solve(replace(at, defense=none, attack=attack)).merge
+        for option, score in ranked:
+            if known is not None and option.kind == "merge" and option.setting == known.setting:
+                other, victim = self._outcome([(option, score)], at), at.group.victim
+                if other.correct[victim].mean() > found.correct[victim].mean():
+                    return other
+        return found
 
     def settings(self, merger: Named[Merger], group: Group) -> list[Setting]:
         """The search space for this many members.
