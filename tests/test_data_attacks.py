@@ -21,6 +21,7 @@ from attacks.rinse import Rinse
 from benchmark.anatomy import apply_vo, permute_heads, permute_units, taps
 from benchmark.anatomy.gauges import align
 from benchmark.api.contracts import Access, Attack, Knowledge
+from benchmark.api.recipe import Batch
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import AccessError
 from benchmark.core.state import ForeignState, State, digest, norm, task_vector
@@ -246,7 +247,7 @@ def test_mergetune_minimises_its_formula() -> None:
 
     w = tuned("order", seed=4)
     held = {**w, "weight": w["weight"].clone().requires_grad_()}
-    value = loss(logits, held, task.test.labels, generator(8))
+    value = loss(Batch.classified(task.test, logits), held, generator(8))
 
     def plain(weight: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(logits({**w, "weight": weight}), task.test.labels)

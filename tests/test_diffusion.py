@@ -32,10 +32,15 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quick")
+
+
 @pytest.fixture
-def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DiffusionDigits:
-    """Barely trained, in a cache of its own."""
-    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(tmp_path / "cache"))
+def quick(shared: Path, monkeypatch: pytest.MonkeyPatch) -> DiffusionDigits:
+    """Barely trained, in a cache of its own that these tests share."""
+    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(shared))
     pretraining = Recipe(steps=3, batch_size=16, learning_rate=1e-3)
     monkeypatch.setattr(diffusion_digits, "_PRETRAINING", pretraining)
     monkeypatch.setattr(diffusion_digits, "_CLASSIFYING", 1)
