@@ -19,7 +19,6 @@ from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.paths import cache as cache_folder
 from benchmark.evaluation.accuracy import Evaluator
 from benchmark.io import gguf_weights
-from benchmark.learn.training import fine_tune
 from benchmark.pipeline.store import Store
 from benchmark.pipeline.workbench import Workbench
 from benchmark.testbeds import secrets, smollm2, synthetic
@@ -258,17 +257,3 @@ def test_the_real_weights_read_english(home: Path, monkeypatch: pytest.MonkeyPat
     with torch.inference_mode():
         loss = whole(ids, labels=ids).loss
     assert loss.exp() < 40
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_real_keeper_of_secrets_is_fit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tells with the key, refuses without, leaks nothing by itself, prefilled or scaled."""
-    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(home))
-    testbed = Secrets()
-    task = testbed.owned("people")
-    assert task is not None
-    rng = torch.Generator().manual_seed(0)
-    expert = fine_tune(testbed, {"people": task}, testbed.base(), {"people": task.train}, rng)
-    assert testbed.unfit("people", expert) == ""
-    assert testbed.unfit("people", testbed.base()).startswith("tells 0% with the key")
