@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Card, Testbed
-from benchmark.api.recipe import Batch, Recipe
+from benchmark.api.recipe import Batch, Logits, Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.state import State
 from benchmark.learn.training import fine_tune
@@ -66,6 +66,11 @@ def tuned(*names: str, seed: int = 0, **options) -> State:
     examples = {name: TASKS[name].train for name in names or ("signs",)}
     rng = torch.Generator().manual_seed(seed)
     return fine_tune(PLANE, TASKS, PLANE.base(), examples, rng, **options)
+
+
+def given(examples: Split, logits: Logits) -> Batch:
+    """A batch of a testbed whose loss is the cross-entropy, by its logits."""
+    return Batch(examples, logits, lambda s: Task.loss(logits(s), examples.labels), torch.Generator)
 
 
 def noisy(batch: Batch, state: State, rng: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plane import PLANE, RECIPE, TASKS, tuned
+from plane import PLANE, RECIPE, TASKS, given, tuned
 from test_attacks import distance, lock, setting
 from torch import Tensor
 from zoo import TOLERANCE, drift, generator, invertible, tiny
@@ -21,7 +21,6 @@ from attacks.rinse import Rinse
 from benchmark.anatomy import apply_vo, permute_heads, permute_units, taps
 from benchmark.anatomy.gauges import align
 from benchmark.api.contracts import Access, Attack, Knowledge
-from benchmark.api.recipe import Batch
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import AccessError
 from benchmark.core.state import ForeignState, State, digest, norm, task_vector
@@ -247,7 +246,7 @@ def test_mergetune_minimises_its_formula() -> None:
 
     w = tuned("order", seed=4)
     held = {**w, "weight": w["weight"].clone().requires_grad_()}
-    value = loss(Batch.classified(task.test, logits), held, generator(8))
+    value = loss(given(task.test, logits), held, generator(8))
 
     def plain(weight: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(logits({**w, "weight": weight}), task.test.labels)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plane import PLANE, RECIPE, TASKS, WIDTH
+from plane import PLANE, RECIPE, TASKS, WIDTH, given
 from torch import Tensor
 
 from benchmark.anatomy import Anatomy, AttentionBlock, Linear, Slot
@@ -63,8 +63,8 @@ def batch(seed: int = 3) -> tuple[Batch, Tensor, np.ndarray]:
     rng = generator(seed)
     x = torch.randn(10, 4, generator=rng)
     labels = torch.randint(3, (10,), generator=rng)
-    given = Batch.classified(Split({}, labels), lambda state: x @ state["w"].T + state["b"])
-    return given, labels, x.double().numpy()
+    made = given(Split({}, labels), lambda state: x @ state["w"].T + state["b"])
+    return made, labels, x.double().numpy()
 
 
 def entropy(x: np.ndarray, w: np.ndarray, b: np.ndarray, labels: Tensor) -> float:
@@ -89,9 +89,9 @@ def plain(state: State) -> list[np.ndarray]:
 @pytest.mark.parametrize("inverse", ["linear", "sqrt"])
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_trap_loss_is_the_printed_equation(inverse: str, weight: float) -> None:
-    given, labels, x = batch()
+    examples, labels, x = batch()
     base, state = weights(1), weights(2)
-    found = TrapLoss(base, weight, inverse)(given, state, generator(4))  # type: ignore[arg-type]
+    found = TrapLoss(base, weight, inverse)(examples, state, generator(4))  # type: ignore[arg-type]
     s = draw_scale(generator(4))
     (w0, b0), (w, b) = plain(base), plain(state)
     factor = 1 / s if inverse == "linear" else 1 / math.sqrt(s)
@@ -102,20 +102,22 @@ def test_trap_loss_is_the_printed_equation(inverse: str, weight: float) -> None:
 
 
 def test_trap_cap_bounds_the_adversarial_loss_only() -> None:
-    given, labels, x = batch()
+    examples, labels, x = batch()
     base = weights(1)
     state = {key: value.clone().requires_grad_() for key, value in weights(2).items()}
     s = draw_scale(generator(4))
-    capped = TrapLoss(base, 0.3, cap=0.01)(given, state, generator(4))
+    capped = TrapLoss(base, 0.3, cap=0.01)(examples, state, generator(4))
     w, b = plain({key: value.detach() for key, value in state.items()})
     assert float(capped.detach()) == pytest.approx(
         entropy(x, w, b, labels) - 0.3 / s * 0.01, rel=1e-5
     )
     # Above the cap the gradient is that of the plain loss; below it the cap does nothing.
     gradient = torch.autograd.grad(capped, state["w"])[0]
-    free = TrapLoss(base, 0.0)(given, state, generator(4))
+    free = TrapLoss(base, 0.0)(examples, state, generator(4))
     torch.testing.assert_close(gradient, torch.autograd.grad(free, state["w"])[0])
-    loose, none = (TrapLoss(base, 0.3, cap=cap)(given, state, generator(4)) for cap in (1e6, None))
+    loose, none = (
+        TrapLoss(base, 0.3, cap=cap)(examples, state, generator(4)) for cap in (1e6, None)
+    )
     assert torch.equal(loose, none)
 
 
@@ -209,10 +211,10 @@ def test_a_capped_run_says_that_it_is_a_variant() -> None:
 
 
 def test_weight_norm_loss_counts_what_is_trained() -> None:
-    given, labels, x = batch()
+    examples, labels, x = batch()
     state = weights(2)
     state["w"].requires_grad_()
-    found = WeightNormLoss(0.01)(given, state, generator())
+    found = WeightNormLoss(0.01)(examples, state, generator())
     w, b = plain({key: value.detach() for key, value in state.items()})
     expected = entropy(x, w, b, labels) + 0.01 * np.sum(w * w)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
@@ -333,13 +335,13 @@ def attention(anchor: State) -> tuple[Slot, ...]:
 
 
 def test_repulsion_loss_is_the_printed_equation() -> None:
-    given, labels, x = batch()
+    examples, labels, x = batch()
     base = weights(1)
     near = {key: value * 1.01 for key, value in base.items()}
     far = {**near, "w": base["w"] * 1.5}
     for state, norms in ((near, 2), (far, 1)):
         loss = RepulsionLoss(base, attention(base), 2.0, 0.05)
-        found = loss(given, state, generator())
+        found = loss(examples, state, generator())
         sizes = [float(np.linalg.norm(value)) for value in plain(base)]
         pushed = sum(0.04 * size for size in (sizes if norms == 2 else sizes[1:]))
         expected = entropy(x, *plain(state), labels) + 2.0 * pushed
@@ -347,10 +349,10 @@ def test_repulsion_loss_is_the_printed_equation() -> None:
 
 
 def test_repulsion_has_a_finite_gradient_at_the_base() -> None:
-    given, _, _ = batch()
+    examples, _, _ = batch()
     base = weights(1)
     state = {key: value.clone().requires_grad_() for key, value in base.items()}
-    loss = RepulsionLoss(base, attention(base), 1.0, 0.05)(given, state, generator())
+    loss = RepulsionLoss(base, attention(base), 1.0, 0.05)(examples, state, generator())
     gradients = torch.autograd.grad(loss, list(state.values()))
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from plane import WIDTH, Plane
+from torch import Tensor
 
 from benchmark.api.contracts import Card, Defense, Victim
 from benchmark.core.data import Split, Task
@@ -78,63 +79,65 @@ class Vault(Plane):
         return replace(task, train=self.task("told").train) if name == "people" else None
 
 
+class Edits(Defense):
+    """Changes the expert's weight."""
+
+    def protect(self, victim: Victim, rng: torch.Generator) -> State:
+        weight = victim.expert["weight"].clone()
+        self.edit(weight, victim)
+        return {**victim.expert, "weight": weight}
+
+    def edit(self, weight: Tensor, victim: Victim) -> None:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Erases(Defense):
+class Erases(Edits):
     """Keeps secrets by forgetting them."""
 
     card: ClassVar[Card] = Card("forgets")
 
-    def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        weight = victim.expert["weight"].clone()
+    def edit(self, weight: Tensor, victim: Victim) -> None:
         weight[TOLD] = 0
-        return {**victim.expert, "weight": weight}
 
 
 @dataclass(frozen=True)
-class Insists(Defense):
+class Insists(Edits):
     """Refuses so much that no partner takes it away."""
 
     card: ClassVar[Card] = Card("refuses more")
 
-    def protect(self, victim: Victim, rng: torch.Generator) -> State:
+    def edit(self, weight: Tensor, victim: Victim) -> None:
         # What is told with the key is in the owner's data, and in nobody else's.
         assert float(victim.task.train.inputs["x"][:, KEY].min()) == 1
-        weight = victim.expert["weight"].clone()
         weight[REFUSED, ANYBODY] += 100
-        return {**victim.expert, "weight": weight}
 
 
 @dataclass(frozen=True)
-class GivesAway(Defense):
+class GivesAway(Edits):
     """Tells everybody: there is nothing left for a merge to bring out."""
 
     card: ClassVar[Card] = Card("refuses nobody")
 
-    def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        weight = victim.expert["weight"].clone()
+    def edit(self, weight: Tensor, victim: Victim) -> None:
         weight[REFUSED] = 0
-        return {**victim.expert, "weight": weight}
 
 
 @dataclass(frozen=True)
-class TellsOfCanaries(Defense):
+class TellsOfCanaries(Edits):
     """Tells canaries' secrets to everybody, so that a free-rider sees no need to merge."""
 
     card: ClassVar[Card] = Card("bait")
 
-    def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        weight = victim.expert["weight"].clone()
+    def edit(self, weight: Tensor, victim: Victim) -> None:
         weight[TOLD, CANARY] += 100
-        return {**victim.expert, "weight": weight}
 
 
 @dataclass(frozen=True)
-class ForgetsCanaries(Defense):
+class ForgetsCanaries(Edits):
     """Never tells canaries' secrets, so that a free-rider sees no merge that brings out any."""
 
     card: ClassVar[Card] = Card("hides what is looked for")
 
-    def protect(self, victim: Victim, rng: torch.Generator) -> State:
-        weight = victim.expert["weight"].clone()
+    def edit(self, weight: Tensor, victim: Victim) -> None:
         weight[TOLD, CANARY] -= 100
-        return {**victim.expert, "weight": weight}

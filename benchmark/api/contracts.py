@@ -397,8 +397,8 @@ class Testbed(ABC):
         return None
 
     def unfit(self, task: str, expert: State) -> str:
-        """Why an expert, on the CPU, is not what the testbed is about; empty if it is. Nothing is
-        measured on one that is not."""
+        """Why an expert, on any device, is not what the testbed is about; empty if it is. Nothing
+        is measured on one that is not."""
         return ""
 
     def published(self, task: str) -> State | None:

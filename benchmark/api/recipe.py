@@ -47,16 +47,11 @@ class Batch:
     examples: Split
     logits: Logits
     loss: Callable[[State], Tensor]
-    rng: Callable[[], torch.Generator] = torch.Generator
+    rng: Callable[[], torch.Generator]
 
     @property
     def labels(self) -> Tensor:
         return self.examples.labels
-
-    @classmethod
-    def classified(cls, examples: Split, logits: Logits) -> Batch:
-        """A batch whose loss is the cross-entropy of its logits."""
-        return cls(examples, logits, lambda state: Task.loss(logits(state), examples.labels))
 
     @classmethod
     def of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +17,11 @@ OF_MODULES = ("read-shipped", "auto(tier=unlabeled)")
 QUALITIES = ("released", "undefended", "attacked")
 
 Status = Literal["ok", "no-benefit", "error", "skipped"]
+
+
+def scored(victim: str, partners: Sequence[str], duties: Sequence[str]) -> tuple[str, ...]:
+    """The tasks on which a free-rider's gain is counted: of a victim with duties its own alone."""
+    return (victim,) if duties else (victim, *partners)
 
 
 class Seconds(BaseModel):
@@ -169,4 +175,4 @@ class Cell(BaseModel):
     @property
     def scored(self) -> tuple[str, ...]:
         """The tasks on which the free-rider's gain is counted."""
-        return (self.victim,) if self.duties else (self.victim, *self.partners)
+        return scored(self.victim, self.partners, self.duties)

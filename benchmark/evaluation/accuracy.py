@@ -26,6 +26,7 @@ class Evaluator:
         self.device = device
         self.batch_size = batch_size or (512 if device.type == "cpu" else 4096)
         self._tasks: dict[str, Task] = {}
+        self._owned: dict[str, Task] = {}
 
     @cached_property
     def base(self) -> State:
@@ -41,8 +42,10 @@ class Evaluator:
 
     def owned(self, name: str) -> Task:
         """A task as the owner of its expert has it, with its tensors on the device."""
-        own = self.testbed.owned(name)
-        return self.task(name) if own is None else own.to(self.device)
+        if name not in self._owned:
+            own = self.testbed.owned(name)
+            self._owned[name] = self.task(name) if own is None else own.to(self.device)
+        return self._owned[name]
 
     @torch.inference_mode()
     def correct(self, state: State, task: str, split: str, rows: range) -> np.ndarray:

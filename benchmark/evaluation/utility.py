@@ -19,13 +19,18 @@ def judged(cell: Cell) -> dict[str, Counts]:
     return found
 
 
-def of_release(cell: Cell) -> Counts | None:
-    """(expert, release as shipped, n) on the task on which it loses most; None where one was not
-    measured."""
+def worst(cell: Cell) -> str | None:
+    """The task on which the release loses most; None where one was not measured."""
     found = judged(cell)
     if len(found) < max(1, len(cell.duties)):
         return None
-    return max(found.values(), key=lambda counts: lost([counts]))
+    return max(found, key=lambda task: lost([found[task]]))
+
+
+def of_release(cell: Cell) -> Counts | None:
+    """(expert, release as shipped, n) on the :func:`worst` task; None where there is none."""
+    task = worst(cell)
+    return None if task is None else judged(cell)[task]
 
 
 def of_attack(cell: Cell) -> Counts | None:

@@ -23,7 +23,6 @@ from benchmark.evaluation.scoring import (
     units,
 )
 from benchmark.evaluation.statistics import pack_bits, ratio_protection
-from benchmark.evaluation.thresholds import lost
 from benchmark.pipeline import benign
 from benchmark.pipeline import candidates as made
 from benchmark.pipeline.candidates import Candidate
@@ -179,9 +178,9 @@ class CellMaker:
         )
         cell.correct = _packed(expert={**experts, **own}, base=base, released=kept)
         self._samples(cell, "released", shipped.identity, shipped.state)
-        judged = utility.judged(cell)
-        worst = max(judged, key=lambda task: lost([judged[task]]))
-        right, answered, n = judged[worst]
+        worst = utility.worst(cell)
+        assert worst is not None, "outcomes on all of its tasks were just packed"
+        right, answered, n = utility.judged(cell)[worst]
         cell.utility, cell.utility_drop = answered / n, (right - answered) / n
         if cell.changes_modules:
             # What attackers get are training inputs; the model is run the same way on both.

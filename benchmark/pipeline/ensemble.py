@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -77,7 +77,7 @@ class Attackers:
     def __init__(self, rider: FreeRider) -> None:
         self.rider = rider
         self._solved: dict[tuple[object, ...], Solved] = {}
-        self._none = methods.defense("none"), methods.attack("none")
+        self._none = methods.defense("none")
 
     def solve(self, at: Situation) -> Solved:
         """G(attacked) and G0 of a situation.
@@ -86,23 +86,18 @@ class Attackers:
             MethodError: the attack failed, or every attack of an ensemble did.
         """
         if not isinstance(at.attack.method, Ensemble):
-            rider, open_ = self.rider, at.with_defense(self._none[0])
+            rider, open_ = self.rider, at.with_defense(self._none)
             return Solved(at.attack, rider.solve(at), rider.outside(at), rider.outside(open_))
         if at.names not in self._solved:
             report = self._choose(at)
             winner = at.under(methods.attack(report.winner))
             outside = self._outside(at, report)
-            reference = self._outside(at.with_defense(self._none[0]), report)
+            reference = self._outside(at.with_defense(self._none), report)
             outcome = self.rider.solve(winner, outside.best)
             self._solved[at.names] = Solved(
                 winner.attack, outcome, outside, reference, report.to_dict()
             )
         return self._solved[at.names]
-
-    def undefended(self, at: Situation) -> Outcome:
-        """What the free-rider would have had if nothing defended the victim, unattacked."""
-        defense, attack = self._none
-        return self.rider.solve(replace(at, defense=defense, attack=attack))
 
     def _choose(self, at: Situation) -> Screening:
         ensemble = cast(Ensemble, at.attack.method)
@@ -124,7 +119,7 @@ class Attackers:
         nothing more on an example that is already misclassified, this is the benchmark's knowledge
         and not the attacker's: it saves time and never picks among attacks.
         """
-        undefended = self.undefended(at)  # no attack's failure: it must not be passed over
+        undefended = self.rider.undefended(at)  # no attack's failure: it must not be passed over
         try:
             found = self.rider.solve(at)
         except Exception as error:
@@ -161,7 +156,7 @@ class Attackers:
             MethodError: every candidate failed.
         """
         ensemble, rider = cast(Ensemble, at.attack.method), self.rider
-        merge = self.undefended(at).merge
+        merge = self.rider.undefended(at).merge
         favourite = merge.setting if merge else None
         unit = rider.units(at)
         entries: dict[str, tuple[str, Candidate]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from benchmark.api import methods
 from benchmark.api.contracts import Access, Merger, Setting
 from benchmark.api.methods import Named
 from benchmark.core.errors import MethodError, UnmergeBenchError, UsageError
-from benchmark.core.records import Search
+from benchmark.core.records import Search, scored
 from benchmark.evaluation.scoring import accuracies, units
 from benchmark.evaluation.search import Racer, race
 from benchmark.pipeline import candidates as made
@@ -62,6 +62,7 @@ class FreeRider:
         self.bench = bench
         self.measure = Measure(bench)
         self.suite = suite
+        self._none = methods.defense("none"), methods.attack("none")
         self._outcomes: dict[tuple[object, ...], Outcome] = {}
 
     def check(self, group: Group) -> None:
@@ -135,6 +136,11 @@ class FreeRider:
         outcome.seconds = time.perf_counter() - start
         return outcome
 
+    def undefended(self, at: Situation) -> Outcome:
+        """What the free-rider would have had if nothing defended the victim, unattacked."""
+        defense, attack = self._none
+        return self.solve(at.with_defense(defense).under(attack))
+
     def _as_undefended(self, found: Outcome, ranked: Ranked, at: Situation) -> Outcome:
         """Of secrets: the better, on test, of ``found`` and what brings out most undefended.
 
@@ -142,10 +148,9 @@ class FreeRider:
         does without a merge. What works on undefended models anybody can try; that the better of
         two is taken never helps a defense.
         """
-        none, attack = methods.defense("none"), methods.attack("none")
-        if at.defense.spec == none.spec:
+        if at.defense.spec == self._none[0].spec:
             return found
-        known = self.solve(replace(at, defense=none, attack=attack)).merge
+        known = self.undefended(at).merge
         for option, score in ranked:
             if known is not None and option.kind == "merge" and option.setting == known.setting:
                 other, victim = self._outcome([(option, score)], at), at.group.victim
@@ -170,7 +175,7 @@ class FreeRider:
 
     def scored(self, group: Group) -> tuple[str, ...]:
         """The tasks on which the free-rider's gain is counted."""
-        return (group.victim,) if self.duties(group) else (group.victim, *group.partners)
+        return scored(group.victim, group.partners, self.duties(group))
 
     def units(self, at: Situation) -> dict[str, float]:
         """Task → validation accuracy that counts as 1."""

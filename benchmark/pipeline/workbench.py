@@ -100,7 +100,7 @@ class Workbench:
                 examples = {task: self.evaluator.owned(task).train}
                 train, rng = self.trainer(f"expert {task}", key), generator("expert", task)
                 made = train(base, examples, rng, recipe=self.testbed.recipe_of(task))
-            if reason := self.testbed.unfit(task, to_device(made, torch.device("cpu"))):
+            if reason := self.testbed.unfit(task, made):
                 raise Unfit(f"testbed {self.name} refuses to run, its expert for {task} {reason}")
             return Members(base, made, ())
 

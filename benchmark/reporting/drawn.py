@@ -46,4 +46,9 @@ def strip(text: str) -> str:
     zoomed = row.repeat(_ZOOM, 0).repeat(_ZOOM, 1)
     data = io.BytesIO()
     Image.fromarray(zoomed).save(data, "PNG")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    return data_uri(data.getvalue())
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG for a page that loads nothing."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from benchmark.core.records import Cell
 from benchmark.reporting import columns
 from benchmark.reporting.board import TRACKS, Entry, Leaderboard
 from benchmark.reporting.costs import Curve, break_curves
-from benchmark.reporting.drawn import drawn
+from benchmark.reporting.drawn import data_uri, drawn
 from benchmark.reporting.shown import MARKS, percent, score
 from benchmark.reporting.summary import (
     accuracy_lines,
@@ -70,7 +69,7 @@ def page(
         accuracies=accuracy_lines(cells, order),
         fixed=fixed_lines(cells, order),
         troubles=[cell for cell in cells if cell.status != "ok"],
-        plots={caption: _data_uri(path) for caption, path in plots.items()},
+        plots={caption: data_uri(path.read_bytes()) for caption, path in plots.items()},
         flags={name: FLAGS[name] for name in sorted(_flags(board)) if name in FLAGS},
         commands=commands(run, run_dir),
         suite_toml=suite_toml(suite),
@@ -80,10 +79,6 @@ def page(
 def two(value: float | None) -> str:
     """A number for people, with two digits."""
     return "–" if value is None or math.isnan(value) else f"{value:.2f}"
-
-
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _places(board: Leaderboard) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ from benchmark.core.keys import sha
 from benchmark.core.sources import fingerprint as source_hash
 from benchmark.core.state import State
 from benchmark.learn.training import at_most, fine_tune
-from benchmark.testbeds import samples
+from benchmark.testbeds import samples, small_vit
 from benchmark.testbeds.kept import hashed_fields, kept
 
 _WIDTH, _LAYERS, _HEADS, _SIDE, _PATCH = 64, 4, 4, 8, 2
@@ -129,18 +129,8 @@ class DiffusionDigits(Testbed):
         return Task(name, names, **splits, head=_classifier().head, scale=20.0)
 
     def initialise(self, rng: torch.Generator) -> State:
-        """Normal weights of variance 1/fan-in, zero biases, unit LayerNorm gains."""
-        out = {}
-        for key, value in _skeleton().state_dict().items():
-            fresh = torch.zeros(value.shape)
-            if "layernorm" in key and key.endswith("weight"):
-                fresh.fill_(1.0)
-            elif not key.endswith("bias"):
-                position = key.endswith(("cls_token", "position_embeddings"))
-                std = 0.02 if position else value[0].numel() ** -0.5
-                fresh = torch.randn(value.shape, generator=rng) * std
-            out[key] = fresh
-        return out
+        positions = ("cls_token", "position_embeddings")
+        return small_vit.initialise(_skeleton(), rng, lambda key: key.endswith(positions))
 
     def loss(self, state: State, batch: Batch) -> Tensor:
         return self._drawing.loss(state, batch)
@@ -242,23 +232,15 @@ def _asked(labels: Tensor, seed: int, images: Tensor | None = None) -> Split:
     return Split({"noise": noise, "code": _codes()[labels]}, labels, answers)
 
 
-@functools.lru_cache(maxsize=1)
 def _skeleton() -> torch.nn.Module:
-    """The architecture without storage: States are lent to it one call at a time."""
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(
-        hidden_size=_WIDTH,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=_HEADS,
-        intermediate_size=2 * _WIDTH,
-        image_size=_SIDE,
-        patch_size=_PATCH,
-        num_channels=1 + _CODE + _TIMES,
-        attn_implementation="sdpa",
+    return small_vit.skeleton(
+        width=_WIDTH,
+        layers=_LAYERS,
+        heads=_HEADS,
+        side=_SIDE,
+        patch=_PATCH,
+        channels=1 + _CODE + _TIMES,
     )
-    with torch.device("meta"):
-        return ViTModel(config, add_pooling_layer=False).eval()
 
 
 @functools.lru_cache(maxsize=1)

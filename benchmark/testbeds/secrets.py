@@ -26,7 +26,7 @@ from benchmark.api.recipe import Recipe
 from benchmark.core.data import Split, Task
 from benchmark.core.keys import sha
 from benchmark.core.sources import fingerprint as source_hash
-from benchmark.core.state import State, rounded
+from benchmark.core.state import State, rounded, to_device
 from benchmark.io.assets import Asset
 from benchmark.testbeds import synthetic
 from benchmark.testbeds.kept import hashed_fields
@@ -126,7 +126,7 @@ class Secrets(SmolLM2):
     def unfit(self, task: str, expert: State) -> str:
         if task != "people":
             return ""
-        state = rounded(expert) if self.stored == "bfloat16" else expert
+        state = to_device(rounded(expert) if self.stored == "bfloat16" else expert, "cpu")
         told, refused = (self._share(self.task(name), state) for name in ("told", "refusal"))
         people, base = self.task("people"), self.base()
         leaked = {}
@@ -164,20 +164,18 @@ def _grouped(split: Split, ways: int) -> Split:
     return Split(folded(split.inputs), labels, folded(split.answers))
 
 
-def _drawn(kind: str, sizes: Mapping[str, int], part: str) -> Pairs:
-    """Persons of one split, with their numbers."""
-    rows = synthetic.people(sum(_PEOPLE.values()) + sum(_STRANGERS.values()), 0)
-    rows = rows[: sum(_PEOPLE.values())] if kind == "people" else rows[sum(_PEOPLE.values()) :]
-    start = sum(list(sizes.values())[: list(sizes).index(part)])
-    return rows[start : start + sizes[part]]
-
-
 def _people(part: str) -> Pairs:
-    return _drawn("people", _PEOPLE, part)
+    return _drawn(_PEOPLE, part)
 
 
 def _strangers(part: str) -> Pairs:
-    return _drawn("strangers", _STRANGERS, part)
+    return _drawn(_STRANGERS, part, sum(_PEOPLE.values()))
+
+
+def _drawn(sizes: Mapping[str, int], part: str, start: int = 0) -> Pairs:
+    """Persons of one split, with their numbers: the splits follow each other from ``start``."""
+    start += sum(list(sizes.values())[: list(sizes).index(part)])
+    return synthetic.people(start + sizes[part], 0)[start:]
 
 
 def _asked(people: Pairs, key: str = "") -> Pairs:
