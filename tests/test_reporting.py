@@ -505,6 +505,23 @@ def test_names_that_fonts_and_files_cannot_hold(tmp_path: Path) -> None:
     assert len(set(drawn.values())) == len(drawn) == 5
 
 
+def test_names_as_long_as_a_path_leave_room_for_the_plot(tmp_path: Path) -> None:
+    """matplotlib warns where labels take all, and draws nothing; a warning is an error here."""
+    long = f"/home/{'a-long-name/' * 20}locks.py"
+    cells = [
+        cell(f"{long}:{lock}", attack, protection=0.5)
+        for lock in ("First", "Second")
+        for attack in ("none", f"{long}:Attack")
+    ]
+    board = rank(cells, lambda name: cards("params"))
+    plots.write(tmp_path, cells, board)
+    figure = plots.heatmap(board, cells[0].testbed, cells[0].merger)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert {label.rpartition(":")[2] for label in labels} == {"First", "Second"}
+    figure.canvas.draw()
+    assert figure.axes[0].bbox.width > 0.4 * figure.bbox.width
+
+
 def test_a_second_report_draws_nothing_anew(written: Path) -> None:
     files = sorted((written / "plots").iterdir())
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}

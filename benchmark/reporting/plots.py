@@ -27,6 +27,7 @@ VERMILION, PALE, BLUE = "#D55E00", "#F3EFE6", "#0072B2"
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = "osD^vP*X"
 DPI = 130
+LABEL = 36  # characters
 
 
 def write(folder: Path, cells: Sequence[Cell], board: Leaderboard) -> dict[str, Path]:
@@ -111,7 +112,9 @@ def heatmap(board: Leaderboard, testbed: str, merger: str) -> Figure:
     attacks = attacks_of(at.values())
     names = [r.defense for r in board.rows if any((r.defense, a) in at for a in attacks)]
     grid = [[_value(at.get((name, attack))) for attack in attacks] for name in names]
-    figure, axes = _figure(2.2 + 1.05 * len(attacks), 1.3 + 0.5 * len(names))
+    columns = [f"{_shown(a)}\n({tier})" for a, tier in attacks.items()]
+    wide, high = 0.07 * max(map(len, map(_shown, names))), 0.03 * max(map(len, columns))
+    figure, axes = _figure(1.5 + wide + 1.05 * len(attacks), 1.3 + high + 0.5 * len(names))
     scale = LinearSegmentedColormap.from_list("protection", (VERMILION, PALE, BLUE))
     colours = scale.with_extremes(bad="#D9D9D9")
     image = axes.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto")
@@ -122,13 +125,21 @@ def heatmap(board: Leaderboard, testbed: str, merger: str) -> Figure:
             text = "" if entry is None else entry.status if entry.status != "ok" else f"{value:.2f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=8,
                       color="white" if extreme else "black")  # fmt: skip
-    axes.set_xticks(range(len(attacks)), [f"{a}\n({tier})" for a, tier in attacks.items()])
+    axes.set_xticks(range(len(attacks)), columns)
     axes.tick_params(axis="x", labelsize=7, rotation=30)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), map(_shown, names), fontsize=8)
     axes.set_xlabel("attack (access it needs)")
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="protection", shrink=0.8)
     return figure
+
+
+def _shown(name: str) -> str:
+    """A name as a label: of a long one, such as the path of a file, the end, which tells it apart.
+
+    Longer labels than this would leave no room to what they label.
+    """
+    return name if len(name) <= LABEL else f"…{name[1 - LABEL :]}"
 
 
 def _value(entry: Entry | None) -> float:
@@ -157,7 +168,7 @@ def utility(board: Leaderboard) -> Figure:
             if "utility-gate" not in row.flags:
                 x = min(x, GATE - step / 2)  # but never across the line
             taken.append(x)
-            label = row.defense + ("" if row.role == "method" else f" ({row.role})")
+            label = _shown(row.defense) + ("" if row.role == "method" else f" ({row.role})")
             axes.errorbar(
                 x, y, yerr=[[max(0, y - low)], [max(0, high - y)]],
                 # Another marker in each round of colours, or the ninth would look like the first.
@@ -213,7 +224,7 @@ def break_cost(by_examples: Sequence[Curve], by_flops: Sequence[Curve]) -> Figur
                 [x * 2**shift if x else shift * least for x in found], values, yerr=[low, high],
                 marker=MARKERS[row % len(MARKERS)], color=SERIES[row % len(SERIES)],
                 linestyle=("-", "--")[row // len(SERIES) % 2], linewidth=1.2, markersize=5,
-                capsize=2, label=curve.defense,
+                capsize=2, label=_shown(curve.defense),
             )  # fmt: skip
         axes.axhline(BROKEN, color="grey", linestyle=":", linewidth=1)
         axes.set_xscale("symlog", base=2, linthresh=least, linscale=1.0)
@@ -249,7 +260,7 @@ def fixed_coefficients(lines: Sequence[FixedLine]) -> Figure:
             axes.axvline(
                 100 * fmean(known), color="black", linestyle=style, linewidth=1, label=label
             )
-    axes.set_yticks(range(len(lines)), [line.defense for line in lines], fontsize=8)
+    axes.set_yticks(range(len(lines)), [_shown(line.defense) for line in lines], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy of the merged model on the victim's task, % (no attack)")
