@@ -34,6 +34,7 @@ from benchmark.anatomy import (
     permute_units,
     within,
 )
+from benchmark.anatomy.nest import best, shuffled
 from benchmark.api.contracts import Victim
 from benchmark.core.state import State
 from defenses import draws
@@ -105,11 +106,9 @@ class Rearrangement(AdapterOnly):
         self, victim: Victim, block: MLPBlock | Channels, rng: torch.Generator
     ) -> Tensor:
         if self.perm == "random":
-            return torch.randperm(block.width(victim.expert), generator=rng)
-        from scipy.optimize import linear_sum_assignment
-
+            return shuffled(block.width(victim.expert), block.nest, rng)
         cost = block.read_units(victim.base) @ block.read_units(victim.expert).T
-        return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])
+        return best(-cost, block.nest)
 
     def _matrices(self, block: AttentionBlock, rng: torch.Generator) -> Tensor:
         """One matrix per KV group: (kv_heads, dh, dh)."""

@@ -34,8 +34,8 @@ from benchmark.anatomy.alignment import (
     tied_gauge,
     vo_gauge,
 )
-from benchmark.anatomy.assignment import nearest
 from benchmark.anatomy.gauge import rotary_matrix
+from benchmark.anatomy.nest import nearest
 from benchmark.core.errors import UsageError
 from benchmark.core.state import State, digest, norm, task_vector
 

@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.assignment import assign, nearest
+from benchmark.anatomy.assignment import assign
 from benchmark.anatomy.blocks import AttentionBlock, Channels, MLPBlock
 from benchmark.anatomy.coupled import match_coupled
 from benchmark.anatomy.gauge import joined, permute_units, rotary_matrix, within
+from benchmark.anatomy.nest import nearest
 from benchmark.anatomy.whole import Anatomy
 from benchmark.core.state import State
 
@@ -71,7 +72,7 @@ def match_units(
             return block.read_units(source, torch.float32)
         return torch.nn.functional.normalize(block.read_rows(source).float(), dim=1)
 
-    return nearest(units(state), units(anchor))
+    return nearest(units(state), units(anchor), block.nest)
 
 
 def match_heads(

@@ -8,12 +8,13 @@ Rows are always output units, as in ``torch.nn.Linear``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from benchmark.anatomy.nest import Nest
 from benchmark.core.state import State
 
 Gauge = Literal["general", "rotary", "sign"]
@@ -25,6 +26,7 @@ class Slot:
 
     ``every``: those rows of every so many, as where queries, keys and values take turns per head.
     ``index``: that of the tensor where several lie in one (the experts of a mixture).
+    ``columns``: of its input axis, where what two layers read lies side by side.
     """
 
     key: str
@@ -32,6 +34,7 @@ class Slot:
     transposed: bool = False
     every: int | None = None
     index: int | None = None
+    columns: tuple[int, int] | None = None
 
     def cut(self, value: Tensor, dim: Literal[0, -1] = 0) -> Tensor:
         """The slot's part of the output units, which lie along ``dim``: a view, of one axis more
@@ -43,23 +46,31 @@ class Slot:
         axis = 1 if self.every is not None and dim == 0 else dim
         return value.narrow(axis, self.rows[0], self.rows[1] - self.rows[0])
 
+    def entering(self, value: Tensor) -> Tensor:
+        """The slot's part of the input units, which lie along the last axis: a view."""
+        return value if self.columns is None else value[..., slice(*self.columns)]
+
+    def _inner(self, value: Tensor) -> Tensor:
+        """Of a weight, (out, in) or (out, in, kh, kw), its columns: a view."""
+        return value if self.columns is None else value[:, slice(*self.columns)]
+
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         """(out, in) for a weight, (out, in, kh, kw) for that of a convolution, (out,) for a bias:
         a view, but for a slot with an ``every``."""
         value = state[self.key] if self.index is None else state[self.key][self.index]
-        value = self.cut(value.T if self.transposed else value)
+        value = self._inner(self.cut(value.T if self.transposed else value))
         return value if self.every is None else value.flatten(0, 1)
 
     def write(self, state: State, value: Tensor) -> None:
         """Replace the slot in ``state``. The tensor that was there is never written to."""
         old = state[self.key]
-        if self.rows is None and self.index is None:
+        if self.rows is None and self.index is None and self.columns is None:
             fresh = value.T if self.transposed else value
             state[self.key] = fresh.to(old.dtype).contiguous().reshape(old.shape)
         else:
             fresh = old.clone()
             inner = fresh if self.index is None else fresh[self.index]
-            part = self.cut(inner.T if self.transposed else inner)
+            part = self._inner(self.cut(inner.T if self.transposed else inner))
             part.copy_(value.reshape(part.shape))
             state[self.key] = fresh
 
@@ -107,11 +118,13 @@ class Channels:
     The channels of a stage's residual stream, or those between two convolutions of a block; as one
     entry of Git Re-Basin's permutation spec (Ainsworth et al. 2023, arXiv 2209.04836). ``relu``:
     what the units enter is linear in them up to a ReLU, so that a positive factor is free too.
+    ``nest``: the groups of norms that bind them, None where every permutation is free.
     """
 
     name: str
     axes: tuple[Axis, ...]
     relu: bool = False
+    nest: Nest | None = None
 
     @property
     def unit_scale(self) -> Literal["positive"] | None:
@@ -134,6 +147,24 @@ class Channels:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """The projections of a second stream, whose tokens meet those of the first in the same heads.
+
+    As in MM-DiT (Esser et al. 2024, arXiv 2403.03206): text and image have weights of their own.
+    ``o``: None where nothing reads what this stream would be given (the last layer).
+    """
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear | None
+
+    def linears(self) -> dict[str, Linear]:
+        found = {"joint q": self.q, "joint k": self.k, "joint v": self.v}
+        return found if self.o is None else {**found, "joint o": self.o}
+
+
+@dataclass(frozen=True)
 class AttentionBlock:
     """One attention layer.
 
@@ -146,6 +177,7 @@ class AttentionBlock:
     ``cosine``: queries and keys are brought to unit length, with no gain (SwinV2).
     ``fixed_heads``: something outside the block is per head (T5's relative positions, shared by all
     layers; the slopes of ALiBi), so that heads cannot trade places.
+    ``joint``: a second stream in the same heads, which every gauge of the block moves along.
     """
 
     q: Linear
@@ -163,6 +195,7 @@ class AttentionBlock:
     whole_norm: bool = False
     cosine: bool = False
     met: bool = False
+    joint: Joint | None = None
 
     @property
     def normed(self) -> bool:
@@ -209,42 +242,76 @@ class AttentionBlock:
         return (torch.arange(self.head_dim) >= self.turning) & (not self.normed and not self.met)
 
     def linears(self) -> dict[str, Linear]:
-        return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+        own = {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+        return own if self.joint is None else {**own, **self.joint.linears()}
+
+    def biases(self, name: Literal["k", "v", "o"]) -> tuple[Slot, ...]:
+        """The bias of one projection, of both streams where there are two; none unless each has
+        one."""
+        streams = self._streams(name)
+        found = tuple(linear.bias for linear in streams if linear.bias is not None)
+        return found if len(found) == len(streams) else ()
+
+    def streams(self) -> tuple[AttentionBlock, ...]:
+        """The block of each stream by itself: two where another meets it in the same heads.
+
+        They share heads, so that what is moved in one alone must be nothing the other sees.
+        """
+        own, second = replace(self, joint=None), self.joint
+        if second is None:
+            return (own,)
+        return own, replace(own, q=second.q, k=second.k, v=second.v, o=second.o or self.o)
+
+    def _streams(self, name: str) -> tuple[Linear, ...]:
+        linears = self.linears()
+        return tuple(linears[n] for n in (name, f"joint {name}") if n in linears)
 
     def read(self, state: Mapping[str, Tensor], name: Literal["q", "k", "v"]) -> Tensor:
         """Weight and bias of one projection per KV head, float64: (kv_heads, r, d + 1).
 
         r = group·head_dim rows for q, head_dim for k and v. The last column is the bias (zero where
-        the architecture has none), so a gauge acts on weight and bias in one product.
+        the architecture has none), so a gauge acts on weight and bias in one product. Weight and
+        bias of a second stream are further columns, between the two.
         """
-        linear = self.linears()[name]
-        weight = linear.weight.read(state).double()
-        bias = (
-            weight.new_zeros(len(weight))
-            if linear.bias is None
-            else linear.bias.read(state).double()
-        )
-        return torch.cat([weight, bias[:, None]], dim=1).reshape(
-            self.kv_heads, -1, weight.shape[1] + 1
-        )
+        columns = [slot.read(state).double() for slot in self._columns(name)]
+        columns = [column.reshape(len(column), -1) for column in columns]
+        if self.linears()[name].bias is None:
+            columns.append(columns[0].new_zeros(len(columns[0]), 1))
+        found = torch.cat(columns, dim=1)
+        return found.reshape(self.kv_heads, -1, found.shape[1])
+
+    def _columns(self, name: str) -> tuple[Slot, ...]:
+        """What lies side by side in :meth:`read`."""
+        own, *other = self._streams(name)
+        between = tuple(slot for linear in other for slot in linear.slots())
+        return (own.weight, *between, *tuple(own.slots())[1:])
 
     def write(self, state: State, name: Literal["q", "k", "v"], value: Tensor) -> None:
         """The inverse of :meth:`read`, cast to the dtype of the State."""
-        linear = self.linears()[name]
-        flat = value.reshape(-1, value.shape[-1])
-        linear.weight.write(state, flat[:, :-1])
-        if linear.bias is not None:
-            linear.bias.write(state, flat[:, -1])
+        flat, start = value.reshape(-1, value.shape[-1]), 0
+        for slot in self._columns(name):
+            old = slot.read(state)
+            stop = start + (1 if old.ndim == 1 else old.shape[1])
+            slot.write(state, flat[:, start:stop].reshape(old.shape))
+            start = stop
 
     def read_o(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Output projection per KV head, float64: (kv_heads, group, d, head_dim)."""
-        weight = self.o.weight.read(state).double()
+        """Output projection per KV head, float64: (kv_heads, group, d, head_dim).
+
+        d counts the outputs of both streams where there are two.
+        """
+        parts = [linear.weight.read(state).double() for linear in self._streams("o")]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         split = weight.reshape(len(weight), self.kv_heads, self.group, self.head_dim)
         return split.permute(1, 2, 0, 3)
 
     def write_o(self, state: State, value: Tensor) -> None:
         """The inverse of :meth:`read_o`."""
-        self.o.weight.write(state, value.permute(2, 0, 1, 3).reshape(value.shape[2], -1))
+        rows, start = value.permute(2, 0, 1, 3).reshape(value.shape[2], -1), 0
+        for linear in self._streams("o"):
+            stop = start + len(linear.weight.read(state))
+            linear.weight.write(state, rows[start:stop])
+            start = stop
 
 
 @dataclass(frozen=True)
@@ -259,6 +326,9 @@ class MLPBlock:
     gate: Linear | None = None
     activation: str = "gelu"
     norm: tuple[Slot, ...] = ()
+
+    #: No norm binds hidden units.
+    nest: ClassVar[None] = None
 
     @property
     def unit_scale(self) -> Literal["signed", "positive"] | None:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmark.anatomy.assignment import nearest
 from benchmark.anatomy.blocks import Channels, MLPBlock
 from benchmark.anatomy.gauge import permute_units
+from benchmark.anatomy.nest import nearest
 
 Units = MLPBlock | Channels
 
@@ -46,7 +46,6 @@ def match_coupled(
     ``cost=cosine`` compares the directions of the rows that make each unit instead, in both starts
     and in every step. On the CPU.
     """
-    groups = [_telling(group) for group in groups]
     keys = {axis.slot.key for group in groups for axis in group.axes}
     start, goal = ({key: source[key].float() for key in keys} for source in (state, anchor))
     if cost == "inner":
@@ -55,11 +54,12 @@ def match_coupled(
             start[key], goal[key] = start[key] / scale, value / scale
     identity = [torch.arange(group.width(goal)) for group in groups]
     sorts = _Signatures(groups, cost)
+    known = [_telling(group) for group in groups]
     ends = [
         _descend(groups, start, goal, cost, first)
         for first in (
             identity,
-            [nearest(sorts.of(g, start), sorts.of(g, goal)) for g in groups],
+            [nearest(sorts.of(g, start), sorts.of(g, goal), g.nest) for g in known],
         )
     ]
     return min(ends, key=lambda end: end[1])[0]
@@ -83,11 +83,13 @@ def _descend(
     work, orders = dict(start), list(first)
     for group, order in zip(groups, orders, strict=True):
         permute_units(work, group, order)
+    known = [_telling(group) for group in groups]
+    told = {axis.slot.key for group in known for axis in group.axes}
     for _ in range(_SWEEPS):
         moved = False
         for i, group in enumerate(groups):
-            own, reference = (_features(group, s, cost) for s in (work, goal))
-            order = nearest(own, reference)
+            own, reference = (_features(known[i], s, cost) for s in (work, goal))
+            order = nearest(own, reference, group.nest)
             gain = (reference * (own[order.to(own.device)] - own)).sum()
             # Without a real gain the step is a tie, and ties can be exchanged for ever.
             if gain > 1e-6 * (own.norm() * reference.norm()):
@@ -95,7 +97,7 @@ def _descend(
                 orders[i], moved = orders[i][order], True
         if not moved:
             break
-    return orders, sum(float((work[key] - goal[key]).square().sum()) for key in goal)
+    return orders, sum(float((work[key] - goal[key]).square().sum()) for key in told)
 
 
 def _features(group: Units, state: Mapping[str, Tensor], cost: str) -> Tensor:

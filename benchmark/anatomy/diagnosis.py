@@ -295,7 +295,7 @@ def _outliers(left: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> tuple[s
 def _without_key_biases(state: Mapping[str, Tensor], anatomy: Anatomy) -> State:
     out = dict(state)
     for block in anatomy.attention:
-        if block.k.bias is not None:
+        if block.k.bias is not None and block.joint is None:
             bias = block.k.bias.read(out)
             free = block.free_rows.to(bias.device).repeat(block.kv_heads)
             block.k.bias.write(out, bias.masked_fill(free, 0))

@@ -146,6 +146,8 @@ def replace(module: nn.Module, hidden: Mapping[MLPBlock, Hidden]) -> Iterator[No
         for block, function in hidden.items():
             if block.norm:
                 raise MethodError(f"{block.down.weight.key}: a norm stands before it")
+            if block.down.weight.columns is not None:
+                raise MethodError(f"{block.down.weight.key}: what attention gives enters it too")
             for handle in _replace(module, block, function):
                 stack.callback(handle.remove)
         yield

@@ -26,7 +26,7 @@ def relative_distance(state: State, base: State, anatomy: Anatomy | None) -> flo
     """‖θ − θ0‖ / ‖θ0‖ without the key biases that softmax ignores (METHODS section 3, trap 0)."""
     pair = dict(state), dict(base)
     for block in anatomy.attention if anatomy else ():
-        if block.k.bias is not None and block.qk_gauge == "general":
+        if block.k.bias is not None and block.free_key_bias and block.joint is None:
             for member in pair:
                 bias = block.k.bias.read(member)
                 block.k.bias.write(member, torch.zeros_like(bias))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmark.core.errors import CheckpointError, UsageError, brief
 from benchmark.core.state import State, compatible, finite
-from benchmark.io import folders, tensorfiles
+from benchmark.io import folders, generator_loras, tensorfiles
 from benchmark.io.folders import Checkpoint
 from benchmark.io.inputs import outputs, valid_inputs
 
@@ -53,7 +53,8 @@ _REFUSED = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT folder on its base. ``state``: base and update, merged; ``config``: peft's.
+    """A PEFT folder on its base, or one of diffusers. ``state``: base and update, merged;
+    ``config``: peft's, or None.
 
     ``whole``: names of the modules that it holds whole (``modules_to_save``: classifiers).
     """
@@ -66,11 +67,14 @@ class Adapter:
     def left_behind(self) -> list[Path]:
         """Files beside the adapter, which do not go along."""
         found = (file for file in self.path.rglob("*") if file.is_file())
-        return sorted(f.relative_to(self.path) for f in found if f.name not in (CONFIG, WEIGHTS))
+        own = (CONFIG, WEIGHTS, generator_loras.WEIGHTS)
+        return sorted(f.relative_to(self.path) for f in found if f.name not in own)
 
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter and no model of its own."""
+    if generator_loras.is_lora(path):
+        return True
     return (path / CONFIG).is_file() and not any((path / c).is_file() for c in folders.CONFIGS)
 
 
@@ -89,6 +93,10 @@ def load(path: Path, base: Checkpoint) -> Adapter:
     Raises:
         CheckpointError: unreadable, pickled, not finite, not LoRA, or not an adapter of this base.
     """
+    if generator_loras.is_lora(path):
+        if base.kind != "diffusers":
+            raise CheckpointError(f"{path} is a LoRA of diffusers, {base.path} no model of it")
+        return Adapter(path, generator_loras.merged(path, base), None, ())
     config = _config(path)
     if not (path / WEIGHTS).is_file():
         for file in sorted(path.glob("adapter_model.*")):

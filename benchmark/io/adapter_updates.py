@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from benchmark.core.errors import UsageError
 from benchmark.core.lowrank import Factors, rounding, thin_svd
 from benchmark.core.state import State, compatible, norm, task_vector
-from benchmark.io import folders, tensorfiles
+from benchmark.io import folders, generator_loras, tensorfiles
 from benchmark.io.adapter_folders import PREFIX, WEIGHTS, Adapter
 from benchmark.io.folders import Checkpoint
 
@@ -106,10 +106,14 @@ def save(
     force: bool = False,
     sources: Sequence[Path] = (),
 ) -> None:
-    """Write ``update`` as a PEFT folder: float32, alpha = r, one rank for all modules.
+    """Write ``update`` as peft or diffusers has it: float32, alpha = r, one rank for all modules.
 
     The base's name and the task are those of ``like``. The folder appears whole or not at all.
     """
+    factors = _padded(update)
+    if base.kind == "diffusers":
+        generator_loras.save(factors, base, out, force=force, sources=sources)
+        return
     from peft import LoraConfig
 
     rank = update.rank
@@ -124,16 +128,21 @@ def save(
         base_model_name_or_path=named.base_model_name_or_path if named else str(base.path.name),
         inference_mode=True,
     )
-    tensors = {}
-    for name, (u, s, v) in update.factors.items():
-        a, b = s.sqrt()[:, None] * v, u * s.sqrt()
-        empty = rank - len(s)
-        pair = {"A": nn.functional.pad(a, (0, 0, 0, empty)), "B": nn.functional.pad(b, (0, empty))}
-        for letter, value in pair.items():
-            key = f"{PREFIX}{name}.lora_{letter}.weight"
-            tensors[key] = value.float().cpu().contiguous()
+    tensors = {f"{PREFIX}{name}": value for name, value in factors.items()}
     for held in update.whole.values():
         tensors.update({f"{PREFIX}{k}": v.cpu().contiguous() for k, v in held.items()})
     with folders.replacing(out, [base.path, *sources], force) as temporary:
         config.save_pretrained(str(temporary))
         tensorfiles.save(temporary / WEIGHTS, tensors, {"format": "pt"})
+
+
+def _padded(update: Update) -> dict[str, Tensor]:
+    """Factors of one rank for all modules, by the module's name and ``lora_A`` or ``lora_B``."""
+    tensors = {}
+    for name, (u, s, v) in update.factors.items():
+        a, b = s.sqrt()[:, None] * v, u * s.sqrt()
+        empty = update.rank - len(s)
+        pair = {"A": nn.functional.pad(a, (0, 0, 0, empty)), "B": nn.functional.pad(b, (0, empty))}
+        for letter, value in pair.items():
+            tensors[f"{name}.lora_{letter}.weight"] = value.float().cpu().contiguous()
+    return tensors

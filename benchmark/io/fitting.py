@@ -25,7 +25,7 @@ _HARMLESS = re.compile(
     r"problem_type|use_cache|.*drop(out|path)?(_.*)?|init.*|output_.*|return_dict|auto_map|"
     r"finetuning_task|task_specific_params|gradient_checkpointing|.*token_id|tie_\w+|vocab_size|"
     r"max_position_embeddings|mask_.*|ctc_.*|apply_spec_augment|quantization_config|model_type|"
-    r"keys_to_ignore_.*|pretraining_tp|chunk_size_feed_forward|tokenizer_class|name_or_path"
+    r"sample_size|keys_to_ignore_.*|pretraining_tp|chunk_size_feed_forward|tokenizer_class|name_or_path"
 )
 #: max relative |Δlogit| between a State under one configuration and under another, in float32.
 _SAME = 1e-3
@@ -71,7 +71,7 @@ def check_fits(member: Checkpoint, base: Checkpoint, role: str) -> None:
 def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     config = getattr(checkpoint.model, "config", None)
     if config is not None:
-        return dict(config.to_dict())
+        return dict(config if isinstance(config, Mapping) else config.to_dict())
     content = json.loads((checkpoint.path / "open_clip_config.json").read_text(encoding="utf-8"))
     return dict(content.get("model_cfg", {}))
 
@@ -79,7 +79,7 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
 def _known(checkpoint: Checkpoint) -> set[str] | None:
     """The fields that the configuration's class has; what else stands there is somebody's note."""
     config = getattr(checkpoint.model, "config", None)
-    if config is None:
+    if config is None or isinstance(config, Mapping):
         return None
     try:
         return set(type(config)().to_dict())

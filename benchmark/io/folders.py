@@ -1,4 +1,4 @@
-"""Checkpoint folders in and out: transformers (``config.json``) and open_clip.
+"""Checkpoint folders in and out: transformers (``config.json``), open_clip and diffusers.
 
 A State lives under the in-memory names of the loaded model; transformers 5 renames modules on load
 (METHODS section 4, "Names"), so a folder is written back under the names it came with, shard by
@@ -23,7 +23,7 @@ from torch import nn
 from benchmark.core.errors import CheckpointError, UsageError
 from benchmark.core.outputs import MARKER, check_ours, recover, replacing_folder
 from benchmark.core.state import State, compatible, finite
-from benchmark.io import tensorfiles
+from benchmark.io import pipelines, tensorfiles
 from benchmark.io.loaders import (
     CLIP_CONFIG,
     Piece,
@@ -33,10 +33,11 @@ from benchmark.io.loaders import (
 )
 from benchmark.io.tensorfiles import TensorFile
 
-_HF, _HF_INDEX = "model.safetensors", "model.safetensors.index.json"
+_HF = "model.safetensors"
+_LISTS = ".index.json"  # behind the name of the weights, where they lie in shards
 _CLIP = "open_clip_model.safetensors"
-CONFIGS = ("config.json", CLIP_CONFIG)
-_ADAPTER = "adapter_config.json"
+CONFIGS = ("config.json", CLIP_CONFIG, pipelines.INDEX)
+_ADAPTERS = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 # Weights in another format would release the unprotected expert beside the protected one.
 _WEIGHTS = (
     *tensorfiles.PICKLES, ".safetensors", ".safetensors.index.json", ".bin.index.json", ".onnx",
@@ -46,10 +47,13 @@ _WEIGHTS = (
 _CODE = (".py", ".pyc", ".so", ".pyd", ".dll")
 #: What belongs to a checkpoint where nobody wrote down who made it.
 _PART = re.compile(
-    r"(model|open_clip_model|adapter_model)\S*\.safetensors(\.index\.json)?|\w*config\.json|"
+    r"(model|open_clip_model|adapter_model|diffusion_pytorch_model|pytorch_lora_weights)\S*\.safetensors(\.index\.json)?|\w*config\.json|"
     r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template)\S*"
 )
+_INDICES = (f"{_HF}{_LISTS}", f"{pipelines.WEIGHTS}{_LISTS}")
 _SMALL = 64 * 2**20
+
+Kind = Literal["transformers", "open_clip", "diffusers"]
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,18 @@ class Checkpoint:
     in the file → name in ``state``; tied weights have one in-memory name, the first.
     ``pieces``: those of the file that are several tensors in memory, or a part of one.
     ``extra``: tensors of the file that the model does not use, written back as they came.
+    ``inner``: the part of a pipeline that the model is, a folder in ``path``; else nothing.
     """
 
     path: Path
-    kind: Literal["transformers", "open_clip"]
+    kind: Kind
     model: nn.Module
     state: State
     names: dict[str, str]
     files: tuple[TensorFile, ...]
     extra: State
     pieces: dict[str, Piece] = field(default_factory=dict)
+    inner: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +88,8 @@ class Checkpoint:
         return len(self.files)
 
     def carried(self) -> list[Path]:
-        """Small files that go along (config, tokenizer, ...), relative to the folder."""
+        """Small files that go along (config, tokenizer, ...), relative to the folder; of a pipeline
+        all its other parts."""
         return [file for file in files_below(self.path) if self._carries(file)]
 
     def left_behind(self) -> list[Path]:
@@ -94,8 +101,11 @@ class Checkpoint:
     def _carries(self, file: Path) -> bool:
         if str(file) == MARKER:
             return False
-        if str(file) == _HF_INDEX:
-            return self.shards > 1 or self.files[0].name != _HF
+        if file.parent == Path(self.inner) and file.name in _INDICES:
+            return self.shards > 1 or f"{self.files[0].name}{_LISTS}" != str(file)
+        further = {*pipelines.parts_of(self.path)} - {self.inner} if self.inner else set()
+        if file.parts[0] in further and file.name.endswith((".safetensors", _LISTS)):
+            return True
         small = (self.path / file).stat().st_size <= _SMALL
         return small and not file.name.endswith((*_WEIGHTS, *_CODE))
 
@@ -112,19 +122,13 @@ def load(path: Path | str, like: Checkpoint | None = None) -> Checkpoint:
     """
     path = Path(path)
     _check_folder(path)
-    if (path / "config.json").is_file() and any((path / n).is_file() for n in (_HF, _HF_INDEX)):
-        kind: Literal["transformers", "open_clip"] = "transformers"
-        shards = [_HF] if (path / _HF).is_file() else _shards(path / _HF_INDEX)
-    elif (path / CLIP_CONFIG).is_file() and (path / _CLIP).is_file():
-        kind, shards = "open_clip", [_CLIP]
-    else:
-        raise _no_weights(path)
+    kind, inner, shards = _found(path)
     files, tensors = [], State()
     for shard in shards:
-        layout, part = tensorfiles.read(path / shard)
+        layout, part = tensorfiles.read(path / inner / shard)
         if twice := tensors.keys() & part.keys():
             raise CheckpointError(f"{path}: tensor {min(twice)!r} is in two shards; save it again")
-        files.append(layout)
+        files.append(replace(layout, name=f"{inner}/{shard}" if inner else shard))
         tensors.update(part)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; save the model again")
@@ -133,6 +137,8 @@ def load(path: Path | str, like: Checkpoint | None = None) -> Checkpoint:
         model, names, pieces = transformers_model(
             path, tensors, None if like is None else like.model
         )
+    elif kind == "diffusers":
+        model, names, pieces = pipelines.model(path / inner, tensors)
     else:
         model, names, pieces = open_clip_model(path, tensors)
     order = {key: position for position, key in enumerate(model.state_dict())}
@@ -142,7 +148,27 @@ def load(path: Path | str, like: Checkpoint | None = None) -> Checkpoint:
     state = {key: by_key[key] for key in sorted(by_key, key=order.__getitem__)}
     known = names.keys() | pieces.keys()
     extra = {name: value for name, value in tensors.items() if name not in known}
-    return Checkpoint(path, kind, model, state, names, tuple(files), extra, pieces)
+    return Checkpoint(path, kind, model, state, names, tuple(files), extra, pieces, inner)
+
+
+def _found(path: Path) -> tuple[Kind, str, list[str]]:
+    """The kind of a folder, where its model lies in it, and the files of its weights there.
+
+    Raises:
+        CheckpointError: there are none that can be read.
+    """
+    inner = pipelines.denoiser(path)
+    kind: Kind = "transformers" if inner is None else "diffusers"
+    name = _HF if inner is None else pipelines.WEIGHTS
+    at = path / (inner or "")
+    if (at / "config.json").is_file():
+        if (at / name).is_file():
+            return kind, inner or "", [name]
+        if (at / f"{name}{_LISTS}").is_file():
+            return kind, inner or "", _shards(at / f"{name}{_LISTS}")
+    elif (at / CLIP_CONFIG).is_file() and (at / _CLIP).is_file():
+        return "open_clip", "", [_CLIP]
+    raise _no_weights(at, name if (at / "config.json").is_file() else _CLIP)
 
 
 def save(
@@ -167,7 +193,7 @@ def save(
         for file in like.carried():
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(like.path / file, temporary / file)
-        _rewrite_configs(temporary, like.dtype)
+        _rewrite_configs(temporary / like.inner, like.dtype)
         for layout in like.files:
             tensors = {name: _stored(name, state, like) for name in layout.names}
             tensorfiles.write(temporary / layout.name, layout, tensors)
@@ -222,7 +248,7 @@ def check_out(out: Path, sources: Sequence[Path], force: bool) -> None:
         raise UsageError(f"--out {out} is not a folder; choose another name")
     if not any(out.iterdir()):
         return
-    if not any((out / config).is_file() for config in (*CONFIGS, _ADAPTER)):
+    if not any((out / config).is_file() for config in (*CONFIGS, *_ADAPTERS)):
         raise UsageError(f"--out {out} holds other files; choose an empty or a new folder")
     if not force:
         raise UsageError(f"--out {out} already holds a checkpoint; add --force to replace it")
@@ -251,8 +277,8 @@ def _check_folder(path: Path) -> None:
             f"no such folder: {path}; fetch a hub model with 'hf download ID --local-dir DIR'"
         )
     if not any((path / name).is_file() for name in CONFIGS):
-        inside = sorted(f for name in (*CONFIGS, _ADAPTER) for f in path.glob(f"*/{name}"))
-        if (path / _ADAPTER).is_file():
+        inside = sorted(f for name in (*CONFIGS, *_ADAPTERS) for f in path.glob(f"*/{name}"))
+        if any((path / name).is_file() for name in _ADAPTERS):
             remedy = "it is an adapter: give its base where a base is asked for"
         elif inside:
             remedy = f"give the folder inside it that has one: {inside[0].parent}"
@@ -261,12 +287,11 @@ def _check_folder(path: Path) -> None:
         raise CheckpointError(f"{path} has no config.json (nor {CLIP_CONFIG}); {remedy}")
 
 
-def _no_weights(path: Path) -> CheckpointError:
+def _no_weights(path: Path, wanted: str) -> CheckpointError:
     present = sorted(p for p in path.iterdir() if p.is_file())
     for file in present:
         if file.name.endswith(tensorfiles.PICKLES):
             return tensorfiles.refuse_pickle(file)
-    wanted = _HF if (path / "config.json").is_file() else _CLIP
     other = [p.name for p in present if p.suffix == ".safetensors"]
     found = f" (only {', '.join(other)})" if other else ""
     return CheckpointError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmark.core.errors import brief
 from benchmark.io.folders import Checkpoint
+from benchmark.io.noise import noise_inputs
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def outputs(
     held = dict(model.state_dict()) if state is None else state
     device = next(iter(held.values())).device
     model = model.float().to(device)
-    arguments = {key: value.to(device) for key, value in inputs.items()}
+    arguments = {key: _on(value, device) for key, value in inputs.items()}
     if state is None:
         result = model(**arguments)
     else:
@@ -66,13 +67,22 @@ def outputs(
     return torch.cat([v.reshape(n, -1) for v in kept], dim=1).float().cpu()
 
 
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _on(part, device) for key, part in value.items()}
+    return value.to(device)
+
+
 def random_inputs(
     checkpoint: Checkpoint, rng: torch.Generator, examples: int = 8
 ) -> dict[str, Tensor]:
-    """Token ids (n, length), pixels (n, c, h, w), spectra (n, bins, frames), waves (n, samples).
+    """Token ids (n, length), pixels (n, c, h, w), spectra (n, bins, frames), waves (n, samples);
+    for a generator of images noise, times and what it is told.
 
     Empty where the model takes none of them.
     """
+    if checkpoint.kind == "diffusers":
+        return noise_inputs(checkpoint.model, rng)
     if checkpoint.kind == "open_clip":
         return _open_clip_inputs(checkpoint.model, rng, examples)
     model = checkpoint.model

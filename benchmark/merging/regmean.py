@@ -112,8 +112,9 @@ class RegMean(PreparedMerger):
             alpha = float(setting.parameters.get("alpha", default))
             out = weighted_sum(base, [(1 / len(members), taus[i]) for i in members])
             for slot in slots:
-                seen = [grams[i][slot.key] for i in members if slot.key in grams[i]]
-                if len(members) > 1 and len(seen) == len(members):
+                found = [grams[i][slot.key] for i in members if slot.key in grams[i]]
+                if len(members) > 1 and len(found) == len(members):
+                    seen = [_entering(slot, gram) for gram in found]
                     own = [slot.read(experts[i]) for i in members]
                     slot.write(out, self._solve(own, seen, alpha))
             return out
@@ -135,6 +136,11 @@ class RegMean(PreparedMerger):
             return mean  # nothing but zeros ever entered
         total.diagonal().add_(self.ridge * scale)
         return mean + torch.linalg.solve(total, pull, left=False)
+
+
+def _entering(slot: Slot, gram: Tensor) -> Tensor:
+    """The part of an owner's Gram that is of the slot's own inputs."""
+    return slot.entering(slot.entering(gram).T)
 
 
 def weights(anatomy: Anatomy) -> Iterator[Slot]:

@@ -148,7 +148,7 @@ class _Router:
                 u, v, b = part["u"], part["v"], part["b"]
                 assert u is not None
                 assert v is not None
-                step = (x @ v.T) @ u.T
+                step = (linear.weight.entering(x) @ v.T) @ u.T
                 step = share[..., None] * (step if b is None else step + b)
                 own = linear.weight.cut(total, -1)
                 own += step.reshape(own.shape)
@@ -167,20 +167,30 @@ class _Router:
 
 def _units(anatomy: Anatomy, route: str) -> list[_Unit]:
     blocks: list[AttentionBlock | MLPBlock] = [*anatomy.attention, *anatomy.mlp]
-    found = []
+    found = list[_Unit]()
     for block in blocks:
         if isinstance(block, AttentionBlock):
             unit = _Unit((block.q, block.k, block.v), (block.o,))
+            if block.joint is not None:
+                joint = block.joint
+                further = () if joint.o is None else (joint.o,)
+                found += _routed(_Unit((joint.q, joint.k, joint.v), further), route)
         else:
             gate = () if block.gate is None else (block.gate,)
             unit = _Unit((block.up, *gate), (block.down,))
-        found += [unit] if route == "block" else [_Unit((linear,)) for linear in unit.linears]
+        found += _routed(unit, route)
     return found
 
 
+def _routed(unit: _Unit, route: str) -> list[_Unit]:
+    return [unit] if route == "block" else [_Unit((linear,)) for linear in unit.linears]
+
+
 def _name(linear: Linear) -> str:
-    rows = linear.weight.rows
-    return linear.weight.key if rows is None else f"{linear.weight.key}[{rows[0]}:{rows[1]}]"
+    slot = linear.weight
+    parts = ("" if part is None else f"{part[0]}:{part[1]}" for part in (slot.rows, slot.columns))
+    where = ",".join(parts)
+    return slot.key if where == "," else f"{slot.key}[{where}]"
 
 
 def _chained(first: taps.After | None, second: taps.After) -> taps.After:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmark.core.state import State
-from zoo import audio, convolutional, crossing, decoders, encoders, vision
+from zoo import audio, convolutional, crossing, decoders, diffusion, encoders, vision
 from zoo.shape import (
     BATCH,
     CONV_SIZE,
@@ -41,6 +41,8 @@ TOLERANCE = 1e-4
 _MODELS = {**encoders.MODELS, **vision.MODELS, **decoders.MODELS, **crossing.MODELS, **audio.MODELS}
 #: Models with channels, most of them without attention.
 CONVOLUTIONAL: tuple[str, ...] = tuple(convolutional.MODELS)
+#: Generators of images, by diffusers.
+DIFFUSION: tuple[str, ...] = tuple(diffusion.MODELS)
 
 #: Every model, and one model per family (the rest differ in their prefixes only).
 NAMES: tuple[str, ...] = tuple(_MODELS)
@@ -91,7 +93,7 @@ def _examples(rng: torch.Generator, size: int) -> dict[str, Tensor]:
 @functools.cache
 def tiny(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model ``name`` in evaluation mode and inputs for it. Shared between tests: never edit."""
-    build, wanted = {**_MODELS, **convolutional.MODELS}[name]
+    build, wanted = {**_MODELS, **convolutional.MODELS, **diffusion.MODELS}[name]
     model = build().eval().requires_grad_(False)
     rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     for key, value in model.named_parameters():
@@ -111,6 +113,8 @@ def tiny(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
             value.copy_(0.5 + torch.rand(value.shape, generator=rng))
         elif key.endswith("num_batches_tracked"):
             value.fill_(7)
+    if not isinstance(wanted, tuple):
+        return model, wanted(rng)
     examples = _examples(rng, CONV_SIZE if name in convolutional.MODELS else IMAGE["image_size"])
     return model, {key: examples[key] for key in wanted}
 

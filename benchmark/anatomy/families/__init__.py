@@ -16,11 +16,20 @@ from __future__ import annotations
 from benchmark.anatomy.families.audio import AUDIO
 from benchmark.anatomy.families.crossing import CROSSING
 from benchmark.anatomy.families.decoders import DECODERS
+from benchmark.anatomy.families.diffusion import DIFFUSION
 from benchmark.anatomy.families.encoders import ENCODERS
 from benchmark.anatomy.families.multimodal import MULTIMODAL
 from benchmark.anatomy.families.row import Family
 from benchmark.anatomy.families.vision import VISION
 
-FAMILIES: tuple[Family, ...] = (*ENCODERS, *VISION, *DECODERS, *CROSSING, *AUDIO, *MULTIMODAL)
+FAMILIES: tuple[Family, ...] = (
+    *ENCODERS,
+    *VISION,
+    *DECODERS,
+    *CROSSING,
+    *AUDIO,
+    *MULTIMODAL,
+    *DIFFUSION,
+)
 
 __all__ = ["FAMILIES", "Family"]

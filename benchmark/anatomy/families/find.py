@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from benchmark.anatomy.blocks import AttentionBlock, Axis, Channels, Linear, MLPBlock, Slot
+from benchmark.anatomy.blocks import AttentionBlock, Axis, Channels, Joint, Linear, MLPBlock, Slot
 from benchmark.anatomy.convolutional import towers
 from benchmark.anatomy.coverage import uncovered
 from benchmark.anatomy.families import FAMILIES, Family
 from benchmark.anatomy.families.loose import loose
 from benchmark.anatomy.filters import filters
+from benchmark.anatomy.unet import unets
 from benchmark.core.errors import UsageError
 
 #: What lies beside the projections and is per head: ``fixed_heads`` answers for it.
@@ -72,6 +73,9 @@ def find(model: nn.Module) -> Found:
     mlps += (*loose(model), *(mlp for _, (_, found, _) in convolutional for mlp in found))
     channels = tuple(units for _, (_, _, found) in convolutional for units in found)
     channels += tuple(filters(model))
+    nets = unets(model)
+    channels += tuple(units for _, found in nets for units in found)
+    names += ["unet"] * bool(nets)
     # What a convolutional row does not know it refuses itself.
     beside = [rf"{re.escape(prefix)}.*" for prefix, _ in convolutional]
     beside += [re.escape(layer) + family.beside for family, layer in rows.values() if family.beside]
@@ -129,10 +133,15 @@ def _read(
         raise UsageError(objection)
     attention = _owner(model, family, layer)
 
-    def linear(name: str, join: str = ".", rows: tuple[int, int] | None = None) -> Linear:
+    def linear(
+        name: str,
+        join: str = ".",
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> Linear:
         weight, bias = (f"{layer}{name}{join}{kind}" for kind in ("weight", "bias"))
         return Linear(
-            Slot(weight, rows, family.transposed, every),
+            Slot(weight, rows, family.transposed, every, columns=columns),
             Slot(bias, rows, every=every) if bias in state else None,
         )
 
@@ -153,12 +162,15 @@ def _read(
     size = _head_dim(attention, rows)
     if rows % kv_rows or kv_rows % size:
         raise UsageError(f"{layer}: {rows} query and {kv_rows} key rows are not whole heads")
+    entering: tuple[tuple[int, int] | None, ...] = (None, None)
+    if family.o == family.down:
+        entering = (0, rows), (rows, linear(family.o).weight.read(state).shape[1])
     rotary = family.rotary and getattr(attention, family.turns, True) not in (None, False, 0)
     block = AttentionBlock(
         q=q,
         k=k,
         v=v,
-        o=linear(family.o),
+        o=linear(family.o, columns=entering[0]),
         heads=rows // size,
         kv_heads=kv_rows // size,
         head_dim=size,
@@ -169,6 +181,7 @@ def _read(
         whole_norm=family.whole_norm,
         cosine=family.cosine,
         met=family.met,
+        joint=None if family.joint is None else _joint(state, layer, family.joint),
         qk_norm=None
         if family.qk_norm is None
         else (
@@ -198,11 +211,20 @@ def _read(
         norm=tuple(Slot(key) for key in inner if key in state) if family.inner else (),
         gate=linear(family.gate, rows=halves[0]) if family.gate else None,
         up=linear(family.up, rows=halves[1]),
-        down=linear(family.down),
+        down=linear(family.down, columns=entering[1]),
         activation=family.activation or _activation(model, attention, layer.rstrip(".")),
     )
     _check_mlp(model, state, mlp, family, layer)
     return block, mlp
+
+
+def _joint(state: Mapping[str, Tensor], layer: str, names: tuple[str, str, str, str]) -> Joint:
+    def linear(name: str) -> Linear:
+        weight, bias = (f"{layer}{name}.{kind}" for kind in ("weight", "bias"))
+        return Linear(Slot(weight), Slot(bias) if bias in state else None)
+
+    q, k, v = (linear(name) for name in names[:3])
+    return Joint(q, k, v, linear(names[3]) if f"{layer}{names[3]}.weight" in state else None)
 
 
 def _check_mlp(
@@ -256,6 +278,12 @@ def _objection(model: nn.Module, family: Family, layer: str) -> str:
             f"class {type(owner).__name__} was not checked: rotary? relative positions? "
             f"If not, add it to {__package__}"
         )
+    runs = type(getattr(owner, "processor", None)).__name__
+    if family.processors and runs not in family.processors:
+        return (
+            f"{type(model).__name__} is like {family.name!r}, but what runs its attention, {runs}, "
+            f"was not checked: rotary? norms? If not, add it to {__package__}"
+        )
     for name, wanted in family.settings:
         said = (_setting(module, name) for module in (owner, *_around(model, layer)))
         found = next((value for value in said if value is not None), None)
@@ -293,7 +321,7 @@ def _heads(attention: nn.Module) -> int:
     Raises:
         UsageError: the module does not say.
     """
-    for name in ("num_attention_heads", "num_heads", "n_heads"):
+    for name in ("num_attention_heads", "num_heads", "n_heads", "heads"):
         if isinstance(heads := _setting(attention, name), int):
             return heads
     raise UsageError(f"{type(attention).__name__} does not say how many heads it has")

@@ -21,6 +21,8 @@ class Loose(NamedTuple):
     gate: str = ""
 
 
+#: Activations of diffusers' projections.
+_ACTIVATIONS = {"GEGLU": "gelu", "SwiGLU": "silu", "ApproximateGELU": "quick_gelu"}
 #: Mixtures: gates and ups are one tensor (experts, 2n, d), downs another (experts, d, n).
 EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts")
 
@@ -61,6 +63,13 @@ LOOSE: tuple[Loose, ...] = (
         down="down_proj",
         activation="hidden_act",
     ),
+    # Of the time and of a pooled text that a generator of images is given.
+    Loose(
+        ("TimestepEmbedding", "PixArtAlphaTextProjection"),
+        up="linear_1",
+        down="linear_2",
+        activation="silu",
+    ),
     # Of what stands between two places of a window.
     Loose(
         ("Swinv2SelfAttention",),
@@ -88,8 +97,31 @@ def loose(model: nn.Module) -> Iterator[MLPBlock]:
             activation = getattr(config, row.activation, row.activation)
             gate = linear(row.gate) if row.gate else None
             yield MLPBlock(linear(row.up), linear(row.down), gate, activation)
+        if type(module).__name__ == "FeedForward" and f"{name}.net.0.proj.weight" in state:
+            yield from _feed_forward(name, module, state)
         if type(module).__name__ in EXPERTS:
             yield from _experts(name, state, getattr(model, "config", None))
+
+
+def _feed_forward(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[MLPBlock]:
+    """That of diffusers: a projection with its activation, which may be gated in one tensor, the
+    ups first; dropout; a projection."""
+    entry = module.get_submodule("net.0")
+    kind = type(entry).__name__
+    activation = _ACTIVATIONS.get(kind, getattr(entry, "approximate", "none"))
+    names = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
+    if kind not in (*_ACTIVATIONS, "GELU") or "net.2.weight" not in module.state_dict():
+        return
+
+    def linear(part: str, rows: tuple[int, int] | None = None) -> Linear:
+        weight, bias = (f"{name}.{part}.{side}" for side in ("weight", "bias"))
+        return Linear(Slot(weight, rows), Slot(bias, rows) if bias in state else None)
+
+    gate, up = None, linear("net.0.proj")
+    if kind in ("GEGLU", "SwiGLU"):
+        width = len(state[up.weight.key]) // 2
+        up, gate = (linear("net.0.proj", (n * width, (n + 1) * width)) for n in (0, 1))
+    yield MLPBlock(up, linear("net.2"), gate, names.get(activation, activation))
 
 
 def _experts(name: str, state: Mapping[str, Tensor], config: object) -> Iterator[MLPBlock]:

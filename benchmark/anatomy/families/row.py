@@ -15,6 +15,7 @@ class Family:
     ``q`` = ``k`` = ``v`` means one fused tensor with the three stacked in that order, or, where
     they are ``per_head``, taking turns: the queries of a KV head, its key, its value. ``k`` = ``v``
     alone: one tensor, the keys first. ``gate`` = ``up``: one tensor, the gate's half first.
+    ``o`` = ``down``: one tensor, the columns that read attention first.
     ``join`` stands between a name and ``weight`` or ``bias`` in the q, k and v names.
     ``classes`` are the classes of the module that owns q whose gauge group was checked.
     A row without ``up`` and ``down`` is attention alone (that of decoders which reads an encoder).
@@ -24,6 +25,9 @@ class Family:
     ``met``: more than queries meets the keys. ``turns``: the attribute of a rotary attention that
     says whether this layer's rotates, where not all do.
     ``activation``: that of the MLP where the configuration does not tell it.
+    ``joint``: q, k, v and o of a second stream in the same heads; o may be missing in a layer.
+    ``processors``: the classes of what runs the attention, where it is a part of its own, whose
+    forward pass was checked.
     ``beside``: a pattern of further names below the layer whose weights the row answers for.
     """
 
@@ -51,6 +55,8 @@ class Family:
     met: bool = False
     turns: str = "use_rope"
     activation: str = ""
+    joint: tuple[str, str, str, str] | None = None
+    processors: tuple[str, ...] = ()
     beside: str = ""
 
     def layers(self, names: Iterable[str]) -> list[str]:
@@ -71,7 +77,8 @@ class Family:
         """The weights that each layer must have, relative to it."""
         for name in (self.q, self.k, self.v):
             yield f"{name}{self.join}weight"
-        for name in (self.o, self.up, self.down, self.gate, *(self.qk_norm or ())):
+        further = (*(self.qk_norm or ()), *(self.joint or ())[:3])
+        for name in (self.o, self.up, self.down, self.gate, *further):
             if name is not None:
                 yield f"{name}.weight"
 

@@ -32,6 +32,7 @@ from benchmark.anatomy.gauges.base import (
     orthogonal,
 )
 from benchmark.anatomy.gauges.wiring import matrix
+from benchmark.anatomy.nest import shuffled
 from benchmark.core.state import State
 
 #: Factors of the locks: condition at most 9.
@@ -165,7 +166,10 @@ class UnitOrder(Gauge):
     kind: ClassVar[str] = "units"
 
     def draw(self, rng: torch.Generator) -> Element:
-        return tuple(torch.randperm(width, generator=rng) for width in self.widths)
+        return tuple(
+            shuffled(width, units.nest, rng)
+            for units, width in zip(self.units, self.widths, strict=True)
+        )
 
     def move(self, state: State, element: Element) -> None:
         for units, order in zip(self.units, element, strict=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from benchmark.anatomy.blocks import Axis, Channels, Slot
+from benchmark.anatomy.blocks import Axis, Channels, MLPBlock, Slot
 from benchmark.anatomy.gauges.base import Abelian, Element, Gauge, beside
 from benchmark.anatomy.gauges.batchnorm import Statistics
 from benchmark.anatomy.gauges.blocks import HeadOrder, QueryKey, QueryOrder, UnitOrder, ValueOutput
@@ -278,34 +278,40 @@ def of(model: nn.Module | Anatomy, state: Mapping[str, Tensor]) -> Group:
         UsageError: no row of :mod:`benchmark.anatomy.families` fits the model.
     """
     anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
-    found: list[Gauge] = list(_inside(anatomy, state))
     wired = wiring(anatomy, state)
+    channels = (*anatomy.channels, *wired.channels)
+    found: list[Gauge] = list(_inside(anatomy, channels, state))
     for stream in wired.streams:
         found += _stream(stream)
         for segment in stream.segments:
             found += _segment(segment, state)
-    for block, both in wired.qk_gains:
-        where = block.q.weight.key.removesuffix(".weight")
-        sizes = (len(both[0].read(state)), len(both[1].read(state)))
-        found += [QueryKeySign(where, block, both, sizes)]
-        found += [QueryKeyGain(where, block, both), QueryKeyLength(where, block)]
+    for block, pairs in wired.qk_gains:
+        for own, both in zip(block.streams(), pairs, strict=True):
+            where = own.q.weight.key.removesuffix(".weight")
+            sizes = (len(both[0].read(state)), len(both[1].read(state)))
+            found += [QueryKeySign(where, own, both, sizes), QueryKeyLength(where, own)]
+        found += [QueryKeyGain(block.q.weight.key.removesuffix(".weight"), block, pairs)]
     found += [Statistics(norm.name, norm, len(norm.mean.read(state))) for norm in wired.batch_norms]
     for bridge in wired.bridges:
         weight = bridge.linear.weight
         found += [BridgeBasis(weight.key.removesuffix(".weight"), bridge, len(weight.read(state)))]
-    found += [FilterScale(n.name, n, len(n.gain.read(state))) for n in wired.instance_norms]
+    found += [
+        FilterScale(n.name, n, n.groups or len(n.gain.read(state))) for n in wired.instance_norms
+    ]
     order: dict[type[Gauge], int] = {kind: i for i, kind in enumerate(KINDS)}
 
     def place(gauge: Gauge) -> tuple[int, int]:
         # The heads of an attention pool are known by the channels that they read.
-        outer = isinstance(gauge, UnitOrder) and bool(anatomy.channels)
+        outer = isinstance(gauge, UnitOrder) and bool(channels)
         return (order[HeadOrder], 0) if outer else (order[type(gauge)], 1)
 
     return Group(tuple(sorted(found, key=place)), wired.uncovered)
 
 
-def _inside(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
-    """The gauges of the blocks."""
+def _inside(
+    anatomy: Anatomy, channels: Sequence[Channels], state: Mapping[str, Tensor]
+) -> Iterator[Gauge]:
+    """The gauges of the blocks, and the order of channels."""
     for block in anatomy.attention:
         where = block.o.weight.key.removesuffix(".weight")
         if not block.fixed_heads and block.kv_heads > 1:
@@ -314,13 +320,14 @@ def _inside(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
                 yield QueryOrder(where, block)
         yield QueryKey(where, block)
         yield ValueOutput(where, block)
-        if block.k.bias is not None and bool(block.free_rows.any()):
+        if block.biases("k") and bool(block.free_rows.any()):
             yield KeyBias(where, block)
-        if block.v.bias is not None and block.o.bias is not None:
+        if block.biases("v") and block.biases("o"):
             yield ValueShift(where, block)
-    if anatomy.channels:
-        widths = tuple(units.width(state) for units in anatomy.units)
-        yield UnitOrder("channels", anatomy.units, widths)
+    if channels:
+        ordered: tuple[MLPBlock | Channels, ...] = (*anatomy.mlp, *channels)
+        widths = tuple(units.width(state) for units in ordered)
+        yield UnitOrder("channels", ordered, widths)
     else:
         for mlp in anatomy.mlp:
             where = mlp.up.weight.key.removesuffix(".weight")
@@ -364,6 +371,12 @@ def _gains(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
             axes += [Axis(slot, 0, -1) for slot in writer.linear.slots()]
             units = Channels(writer.scale.key, tuple(axes))
             yield LayerScale(writer.scale.key, units, segment.width, writer.scale)
+        if writer.gate is not None:
+            # Its constant may be as good as zero, so that nothing is pinned to it.
+            axes = [Axis(slot, 0, 1) for slot in writer.gate.slots()]
+            axes += [Axis(slot, 0, -1) for slot in writer.linear.slots()]
+            where = writer.linear.weight.key
+            yield LayerScale(where, Channels(where, tuple(axes)), segment.width)
     pure = not (segment.embeddings or segment.writers or segment.norms or segment.tied)
     if pure and segment.readers and len(segment.sources) == 1:
         (norm,) = segment.sources
@@ -390,6 +403,8 @@ def _nulls(segment: Segment, state: Mapping[str, Tensor]) -> Iterator[Gauge]:
     if len(segment.sources) != 1 or segment.embeddings or not segment.sources[0].centred:
         return
     (norm,) = segment.sources
+    if norm.also:
+        return  # nothing is constant of what a gain gives that is none
     for reader in segment.readers:
         if norm.bias is None or reader.bias is not None or reader in segment.free:
             _, outputs, taps = columns(reader, state).shape

@@ -136,10 +136,10 @@ class NormScale(SegmentScale):
 @dataclass(frozen=True)
 class QueryKeyGain(Scale):
     """Gains of QK-norm: γ_q ⊙ s, γ_k / s, equal within a rotary pair; of each KV head where the
-    norm is over all of them."""
+    norm is over all of them; of all streams in the heads alike."""
 
     block: AttentionBlock
-    gains: tuple[Slot, Slot]
+    gains: tuple[tuple[Slot, Slot], ...]
 
     kind: ClassVar[str] = "qk-gain"
 
@@ -149,24 +149,30 @@ class QueryKeyGain(Scale):
         return (log_uniform((size // self._pair,), rng, 0.25, 4.0),)
 
     def move(self, state: State, element: Element) -> None:
-        s = element[0].to(state[self.gains[0].key].device)
-        for slot, factor in zip(self.gains, (s, 1 / s), strict=True):
-            self._write(slot, state, self._pairs(slot, state) * factor)
+        s = element[0].to(state[self.gains[0][0].key].device)
+        for both in self.gains:
+            for slot, factor in zip(both, (s, 1 / s), strict=True):
+                self._write(slot, state, self._pairs(slot, state) * factor)
 
     def standard(self, state: Mapping[str, Tensor]) -> Element:
-        return (reciprocal(self._pairs(self.gains[0], state).norm(dim=0)),)
+        return (reciprocal(self._all(0, state).norm(dim=0)),)
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         q, k = (
             [Overlap.of([pair]) for pair in zip(own.T, goal.T, strict=True)]
-            for own, goal in ([self._pairs(g, s) for s in (state, anchor)] for g in self.gains)
+            for own, goal in ([self._all(side, s) for s in (state, anchor)] for side in (0, 1))
         )
         found = [best_factor(*both) for both in zip(q, k, strict=True)]
-        return (torch.tensor(found, dtype=torch.float64, device=state[self.gains[0].key].device),)
+        device = state[self.gains[0][0].key].device
+        return (torch.tensor(found, dtype=torch.float64, device=device),)
 
     @property
     def _pair(self) -> int:
         return 2 if self.block.rotary else 1
+
+    def _all(self, side: int, state: Mapping[str, Tensor]) -> Tensor:
+        """:meth:`_pairs` of the queries (0) or keys (1) of all streams."""
+        return torch.cat([self._pairs(both[side], state) for both in self.gains])
 
     def _pairs(self, slot: Slot, state: Mapping[str, Tensor]) -> Tensor:
         """What shares a factor, in columns: (query heads of a group × pair, factors)."""
@@ -176,12 +182,15 @@ class QueryKeyGain(Scale):
         """The inverse of :meth:`_pairs`."""
         groups, *rest = self._split(slot.read(state)).shape
         spread = value.reshape(rest[0], rest[1], groups, rest[2]).permute(2, 0, 1, 3)
-        slot.write(state, spread.flatten())
+        slot.write(state, (spread.mT if self.block.interleaved else spread).flatten())
 
     def _split(self, gain: Tensor) -> Tensor:
         """(KV heads of the gain, query heads of each, pair, pairs)."""
         groups = self.block.kv_heads if self.block.whole_norm else 1
-        return gain.reshape(groups, -1, self._pair, self.block.head_dim // self._pair)
+        pairs = self.block.head_dim // self._pair
+        if self.block.interleaved:
+            return gain.reshape(groups, -1, pairs, self._pair).mT
+        return gain.reshape(groups, -1, self._pair, pairs)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,10 @@ class EmbeddingShift(Shift):
 
 @dataclass(frozen=True)
 class ValueShift(Shift):
-    """b_v → b_v + δ, b_o → b_o − Wo·δ: the weights of attention sum to 1."""
+    """b_v → b_v + δ, b_o → b_o − Wo·δ: the weights of attention sum to 1.
+
+    Of two streams in the same heads both, by the same δ.
+    """
 
     block: AttentionBlock
 
@@ -104,23 +107,25 @@ class ValueShift(Shift):
         return (normal((self.block.kv_heads * self.block.head_dim,), rng, 0.5),)
 
     def move(self, state: State, element: Element) -> None:
-        add_to(self.block.v.bias, state, element[0])
-        add_to(self.block.o.bias, state, -self._output(state) @ element[0])
+        for slot in self.block.biases("v"):
+            add_to(slot, state, element[0])
+        change = -self._output(state) @ element[0]
+        parts = change.split([len(slot.read(state)) for slot in self.block.biases("o")])
+        for slot, part in zip(self.block.biases("o"), parts, strict=True):
+            add_to(slot, state, part)
 
     def standard(self, state: Mapping[str, Tensor]) -> Element:
-        assert self.block.v.bias is not None
-        return (-vector(self.block.v.bias, state),)
+        return (-vector(self.block.biases("v")[0], state),)
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
         """Least squares over both biases."""
-        assert self.block.v.bias is not None
-        assert self.block.o.bias is not None
         output = self._output(state)
-        values, outputs = (
-            vector(slot, state) - vector(slot, anchor)
-            for slot in (self.block.v.bias, self.block.o.bias)
+        streams = self.block.biases("v")
+        values = torch.stack([vector(s, state) - vector(s, anchor) for s in streams]).sum(0)
+        outputs = torch.cat(
+            [vector(slot, state) - vector(slot, anchor) for slot in self.block.biases("o")]
         )
-        left = torch.eye(len(values), dtype=values.dtype, device=values.device)
+        left = len(streams) * torch.eye(len(values), dtype=values.dtype, device=values.device)
         return (torch.linalg.solve(left + output.T @ output, output.T @ outputs - values),)
 
     def _output(self, state: Mapping[str, Tensor]) -> Tensor:
@@ -142,16 +147,16 @@ class KeyBias(Shift):
         return (self._free(drawn),)
 
     def move(self, state: State, element: Element) -> None:
-        add_to(self.block.k.bias, state, element[0])
+        for slot in self.block.biases("k"):
+            add_to(slot, state, element[0])
 
     def standard(self, state: Mapping[str, Tensor]) -> Element:
-        assert self.block.k.bias is not None
-        return (self._free(-vector(self.block.k.bias, state)),)
+        return (self._free(-vector(self.block.biases("k")[0], state)),)
 
     def nearest(self, state: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Element:
-        assert self.block.k.bias is not None
-        change = vector(self.block.k.bias, anchor) - vector(self.block.k.bias, state)
-        return (self._free(change),)
+        slots = self.block.biases("k")
+        changes = [vector(slot, anchor) - vector(slot, state) for slot in slots]
+        return (self._free(torch.stack(changes).mean(0)),)
 
     def _free(self, value: Tensor) -> Tensor:
         """Zero in the other rows."""

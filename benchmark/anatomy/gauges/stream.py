@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.assignment import assign, nearest
+from benchmark.anatomy.assignment import assign
 from benchmark.anatomy.blocks import Axis, Linear
 from benchmark.anatomy.gauges.base import (
     Element,
@@ -30,6 +30,7 @@ from benchmark.anatomy.gauges.wiring import (
     write_columns,
     write_matrix,
 )
+from benchmark.anatomy.nest import nearest
 from benchmark.core.state import State
 
 #: Far above rounding in float32, far below what embeddings have along 1.

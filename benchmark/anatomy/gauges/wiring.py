@@ -13,12 +13,12 @@ So which gauges a place has follows from its segment alone (:mod:`.group`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from benchmark.anatomy.blocks import AttentionBlock, Axis, Linear, MLPBlock, Slot
+from benchmark.anatomy.blocks import AttentionBlock, Axis, Channels, Linear, MLPBlock, Slot
 from benchmark.core.state import State
 
 
@@ -37,26 +37,33 @@ class Shifted(Slot):
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm on or beside the stream. ``centred``: it removes the mean (LayerNorm, not RMSNorm)."""
+    """A norm on or beside the stream. ``centred``: it removes the mean (LayerNorm, not RMSNorm).
+
+    ``also``: what makes gain and bias besides, row by row (adaLN: gain and bias are linear maps of
+    time and text, of which ``gain`` and ``bias`` are the constants).
+    """
 
     name: str
     gain: Slot
     bias: Slot | None
     centred: bool
+    also: tuple[Slot, ...] = ()
 
     def slots(self) -> tuple[Slot, ...]:
-        return (self.gain,) if self.bias is None else (self.gain, self.bias)
+        return (self.gain, *(() if self.bias is None else (self.bias,)), *self.also)
 
 
 @dataclass(frozen=True)
 class Writer:
     """What adds to a segment: λ ⊙ (W·h + b), λ the layer scale or none.
 
-    ``attention``: the block whose output it is, where it is one.
+    ``attention``: the block whose output it is, where it is one. ``gate``: the linear map of time
+    and text that gives λ, where it is one (adaLN).
     """
 
     linear: Linear
     scale: Slot | None = None
+    gate: Linear | None = None
     attention: AttentionBlock | None = None
 
 
@@ -175,11 +182,17 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class InstanceNorm:
-    """A convolution and the norm behind it, which each channel has by itself."""
+    """A convolution and the norm behind it, over each of ``groups`` of channels: by default every
+    channel has one by itself.
+
+    ``also``: what more is added to the channels before the norm, and what the convolution adds.
+    """
 
     name: str
     conv: Linear
     gain: Slot
+    groups: int | None = None
+    also: tuple[Slot, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,7 +211,10 @@ class Bridge:
 
 @dataclass(frozen=True)
 class Wiring:
-    """All streams, norms between convolutions and bridges of a model, and gains of QK-norms.
+    """All streams, norms between convolutions and bridges of a model, and gains of QK-norms, a
+    pair for each stream in the heads.
+
+    ``channels``: axes whose order alone is free, beside those of the anatomy.
 
     ``uncovered``: which part of it has no gauges, and why.
     """
@@ -207,7 +223,8 @@ class Wiring:
     batch_norms: tuple[BatchNorm, ...] = ()
     instance_norms: tuple[InstanceNorm, ...] = ()
     bridges: tuple[Bridge, ...] = ()
-    qk_gains: tuple[tuple[AttentionBlock, tuple[Slot, Slot]], ...] = ()
+    qk_gains: tuple[tuple[AttentionBlock, tuple[tuple[Slot, Slot], ...]], ...] = ()
+    channels: tuple[Channels, ...] = ()
     uncovered: tuple[str, ...] = ()
 
 
@@ -231,7 +248,7 @@ def whole(linear: Linear) -> Linear:
     """The layer a projection is a part of: all rows of a fused tensor."""
 
     def all_rows(slot: Slot) -> Slot:
-        return Slot(slot.key, transposed=slot.transposed, index=slot.index)
+        return replace(slot, rows=None, every=None)
 
     return Linear(all_rows(linear.weight), None if linear.bias is None else all_rows(linear.bias))
 

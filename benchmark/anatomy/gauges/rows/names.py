@@ -44,7 +44,7 @@ class Names:
         self.state, self.used = state, set[str]()
         self._same = {key: names for names in tied for key in names}
         self._told = set[str]()
-        self.qk_gains: list[tuple[AttentionBlock, tuple[Slot, Slot]]] = []
+        self.qk_gains: list[tuple[AttentionBlock, tuple[tuple[Slot, Slot], ...]]] = []
 
     def slot(self, key: str) -> Slot:
         self.used.add(key)
@@ -141,11 +141,13 @@ def sides_of(names: Names, row: Row, layer: Layer) -> tuple[Side, ...]:
     block, cross, mlp = layer.attention, layer.cross, layer.mlp
     if block.qk_norm is not None:
         q, k = (gain_of(slot.key, row) for slot in block.qk_norm)
-        names.qk_gains.append((block, (q, k)))
+        names.qk_gains.append((block, ((q, k),)))
     readers = wholes(block.q, block.k, block.v)
-    found = [Side(readers, Writer(block.o, scales[0], block), behind[0], free=_free(block))]
+    found = [
+        Side(readers, Writer(block.o, scales[0], attention=block), behind[0], free=_free(block))
+    ]
     if cross is not None:
-        crossing, writer = wholes(cross.k, cross.v), Writer(cross.o, None, cross)
+        crossing, writer = wholes(cross.k, cross.v), Writer(cross.o, attention=cross)
         found.append(Side(wholes(cross.q), writer, crossing=crossing, free=_free(cross)))
     if mlp is not None:
         found.append(Side(wholes(mlp.up, mlp.gate), Writer(mlp.down, scales[1]), behind[1]))

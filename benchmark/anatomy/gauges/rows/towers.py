@@ -11,6 +11,7 @@ from benchmark.anatomy.families import FAMILIES
 from benchmark.anatomy.gauges.convolutional import convolutional
 from benchmark.anatomy.gauges.rows import ROWS
 from benchmark.anatomy.gauges.rows.audio import waves
+from benchmark.anatomy.gauges.rows.diffusion import generators
 from benchmark.anatomy.gauges.rows.heads import head_of
 from benchmark.anatomy.gauges.rows.join import attached, streams
 from benchmark.anatomy.gauges.rows.names import (
@@ -48,6 +49,7 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
     whole = list(streams(towers))
     beside, batch_norms, elsewhere = convolutional(anatomy, state)
     sounding, instance_norms = waves(names, anatomy)
+    drawing = generators(names, anatomy)
     left = [
         key
         for key, value in state.items()
@@ -71,7 +73,9 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
             sound.append(stream)
             continue
         uncovered.append(f"gauges outside the blocks of {stream.name}: {reason}")
-    wired = {r.weight.key for _, stream in whole for s in stream.segments for r in s.readers}
+    told = (*(stream for _, stream in whole), *drawing.streams)
+    wired = {r.weight.key for stream in told for s in stream.segments for r in s.readers}
+    uncovered += drawing.unsaid
     uncovered += [
         f"gauges outside the block {key!r}: no row says which norm it reads"
         for key in dict.fromkeys(block.q.weight.key for block in anatomy.attention)
@@ -83,11 +87,12 @@ def wiring(anatomy: Anatomy, state: Mapping[str, Tensor]) -> Wiring:
         if bridge.widens(state)
     ]
     return Wiring(
-        (*sound, *beside, *sounding),
+        (*sound, *beside, *sounding, *drawing.streams),
         batch_norms,
-        tuple(instance_norms),
+        (*instance_norms, *drawing.norms),
         tuple(bridge for bridge in bridges if not bridge.widens(state)),
         tuple(names.qk_gains),
+        drawing.channels,
         tuple(uncovered),
     )
 
