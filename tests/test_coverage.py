@@ -233,7 +233,14 @@ def _llava_of_one_embedding() -> nn.Module:
     return multimodal.llava(tied=True)
 
 
-@pytest.mark.parametrize("build", [multimodal.llava, _llava_of_one_embedding, multimodal.blip2])
+@pytest.mark.parametrize(
+    "build",
+    [
+        multimodal.llava,
+        pytest.param(_llava_of_one_embedding, marks=pytest.mark.slow),
+        pytest.param(multimodal.blip2, marks=pytest.mark.slow),
+    ],
+)
 def test_towers_that_others_read_are_locked_inside_their_blocks(
     build: Callable[[], nn.Module], tmp_path: Path, cli: Cli
 ) -> None:

@@ -59,7 +59,7 @@ def test_exact_is_what_greedy_decoding_gives(name: str, tmp_path: Path) -> None:
     for text, own, labels in zip(texts, logits, task.test.labels, strict=True):
         answer = labels[labels != IGNORED].tolist()
         expected = made.along(name, model, made.prompt(name, text), answer)
-        torch.testing.assert_close(own[: len(answer)], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(own[: len(answer)], expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,7 +124,7 @@ def test_a_choice_is_as_likely_as_its_tokens(name: str, normalise: bool, tmp_pat
             total = log_p[torch.arange(len(tokens)), torch.tensor(tokens)].sum()
             sums.append(total / len(tokens) if normalise else total)
         expected = torch.stack(sums)
-        torch.testing.assert_close(own[: len(choices)], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(own[: len(choices)], expected, rtol=1e-3, atol=1e-3)
         assert (own[len(choices) :] < expected.min() - 5).all()
         assert choices[task.test.labels[i]] == answer
         assert right[i] == (choices[int(expected.argmax())] == answer)
@@ -148,7 +148,7 @@ def test_choices_of_one_token_are_rows_of_the_head(name: str, tmp_path: Path) ->
         inputs_as_texts(name, task.test), logits, task.test.labels.tolist(), strict=True
     ):
         expected = made.along(name, model, made.prompt(name, text), made.ids("no"))[0]
-        torch.testing.assert_close(own, expected[made.ids("no yes")], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(own, expected[made.ids("no yes")], rtol=1e-3, atol=1e-3)
         assert label == labels[text]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import some_slow
 from disk import write
 from fabricated import save
 from fabricated import suite as cells
@@ -81,7 +82,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write("bert-classifier", tmp_path_factory.mktemp("bert") / "base")
 
 
-@pytest.mark.parametrize("name", ["bert-classifier", "llama", "vit"])
+@pytest.mark.parametrize("name", some_slow(["bert-classifier", "llama", "vit"], {"llama", "vit"}))
 def test_configurations(name: str, tmp_path: Path) -> None:
     folder = write(name, tmp_path / "model")
     file, rng = folder / "config.json", random.Random(name)

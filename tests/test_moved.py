@@ -16,7 +16,7 @@ from benchmark.core.state import State, statistic
 
 EVERY = (*zoo.NAMES, *zoo.CONVOLUTIONAL)
 #: Every kind of gauge is in one of these; the rest have the same kinds in other places.
-QUICK = {"bert-classifier", "vit", "llama", "qwen3", "gemma2", "convnext", "resnet"}
+QUICK = {"bert-classifier", "vit", "qwen3", "resnet"}
 #: The heads and biases of so small a text tower are hardly moved by a lock that draws from shapes.
 SMALL = {
     "open-clip-resnet": {"heads", "value-shift", "key-bias"},
@@ -101,7 +101,7 @@ SAYS = {
 }
 
 
-@pytest.mark.parametrize("spec", SAYS)
+@pytest.mark.parametrize("spec", some_slow([*SAYS], {"full-gauge", "residual-lock"}))
 def test_heads_are_seen_through_the_rest(spec: str) -> None:
     for name, said in zip(("bert", "vit", "llama"), SAYS[spec], strict=True):
         base, expert, anatomy, _ = setting(name)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from conftest import Cli
+from conftest import Cli, some_slow
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -58,11 +58,11 @@ def pipeline(root: Path) -> Path:
     return root
 
 
-def tuned(source: Path, to: Path, inner: str = "unet", seed: int = 1) -> Path:
-    """The same folder with a task vector of 2 % in its denoiser."""
+def tuned(source: Path, to: Path, inner: str = "unet", seed: int = 1, size: float = 0.02) -> Path:
+    """The same folder with a task vector of 2 % (``size``) in its denoiser."""
     shutil.copytree(source, to)
     file = to / inner / WEIGHTS
-    save_file(zoo.perturbed(load_file(file), 0.02, seed), file, {"format": "pt"})
+    save_file(zoo.perturbed(load_file(file), size, seed), file, {"format": "pt"})
     return to
 
 
@@ -94,7 +94,7 @@ def answer(cli: Cli, *arguments: str) -> dict[str, Any]:
     return json.loads(text)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("lock", ["mergelock", "full-gauge"])
+@pytest.mark.parametrize("lock", some_slow(["mergelock", "full-gauge"], {"mergelock"}))
 def test_a_protected_pipeline_draws_the_same(
     made: Path, tmp_path: Path, cli: Cli, lock: str
 ) -> None:

@@ -56,8 +56,8 @@ def protect(
 
     Post-hoc defenses only: those that need no data.
 
-    EXPERT and --base: folders of one architecture (transformers, open_clip, or diffusers: a model or
-    a pipeline). EXPERT may be a LoRA adapter of --base (a PEFT folder, or diffusers' own format).
+    EXPERT and --base: folders of one architecture (transformers, open_clip, diffusers: models or
+    pipelines). EXPERT may be a LoRA adapter of --base (a PEFT folder, or diffusers' own format).
 
     The seed is a key, with which some defenses are undone: keep it secret.
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-#: Accuracies, in %, as printed.
+#: Accuracies or cosines, in %, as printed.
 Percent = Field(default=None, ge=0, le=100)
 
 
@@ -19,7 +19,8 @@ class Published(BaseModel):
     ``coefficient``: the shared λ; None where the source is silent, and then the suite's first one
     is measured. ``testbed``: what it is a figure of, if not simply the suite's: a testbed with its
     parameters, or the name of some other base. ``what``: accuracy of the merge, or of the release
-    (after an attack: of the recovered model) used alone. ``attacked`` is after ``attack``.
+    (after an attack: of the recovered model) used alone; or the same two of the alignment of drawn
+    images with their captions, a cosine. ``attacked`` is after ``attack``.
     ``evidence``: how well we know the figure (``paper``: read in it; ``note``: in a third party's
     summary). ``source`` names the work.
     """
@@ -33,7 +34,7 @@ class Published(BaseModel):
     partners: tuple[str, ...] = ()
     coefficient: float | None = None
     testbed: str = ""
-    what: Literal["merged", "standalone"] = "merged"
+    what: Literal["merged", "standalone", "alignment", "alignment-alone"] = "merged"
     unprotected: float | None = Percent
     protected: float | None = Percent
     attacked: float | None = Percent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from benchmark.core.records import QUALITIES
@@ -91,10 +92,14 @@ def _spent(found: Break) -> str:
     return f"{data}, {work}{found.seconds:.1f} s"
 
 
-def _drawn(row: Row) -> Shown:
-    found = {who: measures["frechet"] for who, measures in row.quality.items()}
+def _drawn(name: str, row: Row) -> Shown:
+    found = {who: measures[name] for who, measures in row.quality.items() if name in measures}
     below = [f"{found[who]:.2f} {who}" for who in ("undefended", "released") if who in found]
     return number("{:.2f}", found.get("attacked"), *below)
+
+
+def _measured(name: str) -> Callable[[Leaderboard], bool]:
+    return lambda board: any(name in some for row in board.rows for some in row.quality.values())
 
 
 def _of_samples(who: str, name: str) -> Field:
@@ -316,7 +321,7 @@ COLUMNS = (
         "Of a generator: distance of what the attacked merge draws from real images of the "
         "victim's classes, in the features of a frozen classifier; below it, of the undefended "
         "merge and of the release. Means over attacks, mergers, victims and seeds.",
-        _drawn,
+        partial(_drawn, "frechet"),
         tuple(
             _of_samples(who, name)
             for name in ("frechet", "precision", "recall")
@@ -324,7 +329,19 @@ COLUMNS = (
         ),
         _SUMMED,
         number=True,
-        wanted=lambda board: any(row.quality for row in board.rows),
+        wanted=_measured("frechet"),
+    ),
+    Column(
+        "alignment",
+        "Alignment",
+        "Of a generator that is told in words: cosine between what the attacked merge draws and "
+        "what was asked for, in the features of the judge; below it, of the undefended merge and "
+        "of the release. Means over attacks, mergers, victims and seeds.",
+        partial(_drawn, "alignment"),
+        tuple(_of_samples(who, "alignment") for who in QUALITIES),
+        _SUMMED,
+        number=True,
+        wanted=_measured("alignment"),
     ),
     Column(
         "drop",

@@ -13,6 +13,9 @@ from benchmark.core.errors import UsageError
 from benchmark.core.records import Cell
 from benchmark.pipeline.published import Published
 
+#: What is measured of a release by itself.
+_ALONE = ("standalone", "alignment-alone")
+
 
 class Measured(BaseModel):
     """Accuracies in %, None where the run has none. ``coefficient``: at which λ; ``victims``:
@@ -42,7 +45,8 @@ class PublishedLine(BaseModel):
         """``params, 0.8: cars of cars+resisc45``."""
         p = self.printed
         parts = [p.defense, *([p.attack] if p.attack != "none" else [])]
-        where = "alone" if p.what == "standalone" else f"by {p.merger}"
+        where = "alone" if p.what in _ALONE else f"by {p.merger}"
+        where += ", alignment" if p.what.startswith("alignment") else ""
         at = f" at {p.coefficient:g}" if p.coefficient is not None else ""
         task = "mean over tasks" if p.task == "mean" else p.task
         if p.partners:
@@ -72,6 +76,8 @@ def _line(figure: Published, own: str, fixed: list[str], cells: Sequence[Cell]) 
         return PublishedLine(printed=figure, measured=Measured(), remark="not on this testbed")
     remark = ""
     at = "" if figure.coefficient is None else f"{figure.coefficient:g}"
+    if figure.what == "alignment":
+        remark = "merged as a free-rider does, the source names no λ"
     if not at and figure.what == "merged":
         at = fixed[0] if fixed else ""
         remark = f"λ {at} is ours, the source names none"
@@ -93,7 +99,7 @@ def _line(figure: Published, own: str, fixed: list[str], cells: Sequence[Cell]) 
 
 
 def _fits(cell: Cell, figure: Published) -> bool:
-    if figure.what == "merged" and cell.merger != figure.merger:
+    if figure.what not in _ALONE and cell.merger != figure.merger:
         return False
     victim = figure.victim or (figure.task if figure.task != "mean" else cell.victim)
     partners = set(figure.partners or cell.partners)
@@ -101,6 +107,9 @@ def _fits(cell: Cell, figure: Published) -> bool:
 
 
 def _value(cell: Cell, figure: Published, at: str) -> float | None:
+    if figure.what.startswith("alignment"):
+        who = "released" if figure.what in _ALONE else "attacked"
+        return cell.quality.get(who, {}).get("alignment")
     if figure.what == "standalone":
         return cell.utility if cell.attack == "none" else cell.standalone
     task = cell.victim if figure.task == "mean" else figure.task

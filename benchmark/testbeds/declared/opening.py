@@ -148,6 +148,8 @@ def _adapted(path: Path, base: Path) -> State:
 def _open(place: Place, wanted: Input, content: str) -> Backbone:
     path = folder(place)
     checkpoint = load(path)
+    if checkpoint.kind == "diffusers":
+        raise UsageError(f"{path} draws images; say in [drawing] which judge sees them")
     parts = _parts(checkpoint)
     constants = bodies.constants(parts.module)
     whole = whole_of(checkpoint.model, parts.module, parts.prefix)
@@ -238,6 +240,8 @@ def _parts(checkpoint: Checkpoint) -> _Parts:
     if checkpoint.kind == "open_clip":
         visual: Any = model.visual
         return _Parts(visual, bodies.floats(visual), None, has_text=True)
+    if checkpoint.kind == "diffusers":
+        return _Parts(model, bodies.floats(model), None)
     config: Any = model.config
     if hasattr(model, "vision_model") and hasattr(model, "visual_projection"):
         if not hasattr(model, "text_model"):

@@ -59,9 +59,27 @@ class RecipeSpec(Strict):
         return Recipe(**fields | {"frozen": (*self.frozen, *frozen)})
 
 
+class DrawingSpec(Strict):
+    """How a pipeline draws, and what sees what it drew.
+
+    ``judge``: a CLIP or an image model, a folder or a hub id with its ``revision``. ``steps`` of
+    the pipeline's scheduler; ``guidance`` by captions, 1 is none; ``side`` in pixels.
+    """
+
+    judge: str
+    revision: str | None = None
+    steps: int = Field(default=20, ge=1, le=1000)
+    guidance: float = Field(default=1.0, ge=0)
+    side: int | None = Field(default=None, ge=8, le=2048)
+
+
 class TaskSpec(Asking):
     """One task; for a language model :class:`Asking` has more. What all tasks share may
     stand in ``[defaults]``.
+
+    ``caption``: the column of what a generator is asked to draw, ``samples`` times in validation
+    and test; ``label`` is then what is to be seen, by default the caption, and ``image`` what to
+    learn from.
 
     ``data``: a folder (parquet or csv files, a folder of images per class, or a data set in the
     hub's format), files by split, or a hub id with its ``revision``. ``splits``: what the data
@@ -70,7 +88,7 @@ class TaskSpec(Asking):
     ``expert``: a published fine-tune to use in place of one trained here.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset(Asking.model_fields)
+    later: ClassVar[frozenset[str]] = frozenset({*Asking.model_fields, "caption", "samples"})
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     data: str | dict[Part, Files]
@@ -79,6 +97,8 @@ class TaskSpec(Asking):
     splits: dict[Part, str] = Field(default_factory=dict)
     image: str | None = None
     text: str | None = None
+    caption: str | None = None
+    samples: int = Field(default=1, ge=1)
     label: str = "label"
     classes: str | tuple[str, ...] | dict[str, str] | None = None
     head: Head = "linear-probe"
@@ -101,6 +121,8 @@ class TaskSpec(Asking):
 
     @model_validator(mode="after")
     def _one_column(self) -> TaskSpec:
+        if self.caption and (self.text or self.score):
+            raise ValueError("a task with caption has no text and no score; leave one of them out")
         if self.image and self.text:
             raise ValueError("name an image column or a text column, not both")
         if self.score and (wrong := sorted(_CLASSIFIED & self.model_fields_set)):
@@ -130,6 +152,7 @@ class TestbedSpec(Strict):
     pooling: Pooling = "auto"
     partial: bool = False
     dtype: Dtype = "float32"
+    drawing: DrawingSpec | None = None
     recipe: RecipeSpec = RecipeSpec()
     task: tuple[TaskSpec, ...] = Field(min_length=1)
 
@@ -149,6 +172,12 @@ class TestbedSpec(Strict):
     @model_validator(mode="after")
     def _distinct(self) -> TestbedSpec:
         names = [task.name for task in self.task]
+        for task in self.task:
+            if (task.caption is None) != (self.drawing is None):
+                wanted = "[drawing] with a judge" if task.caption else "a caption in every task"
+                raise ValueError(
+                    f"a generator has [drawing] and captions: task {task.name!r} needs {wanted}"
+                )
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two tasks are called {twice[0]!r}; give each a name of its own")
         return self

@@ -265,7 +265,7 @@ class Source:
         return [str(name) for name in names]
 
     def _take(self, data: Any, column: str, kind: str, index: dict[Any, int]) -> Rows:
-        chosen = data.select_columns([column, self.spec.label])
+        chosen = data.select_columns(list(dict.fromkeys((column, self.spec.label))))
         if kind == "image":
             chosen = self._with_images(chosen, column)
         labels = [index[value] for value in chosen[self.spec.label]]

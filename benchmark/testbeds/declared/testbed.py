@@ -15,16 +15,21 @@ from torch import Tensor
 
 from benchmark.anatomy import Anatomy
 from benchmark.api.contracts import Arena, Card, Dtype, Testbed
-from benchmark.api.recipe import Recipe
+from benchmark.api.recipe import Batch, Recipe, plain_loss
 from benchmark.api.specs import did_you_mean
+from benchmark.core import pictures
 from benchmark.core.data import Split, Task
 from benchmark.core.errors import UsageError
 from benchmark.core.paths import read_text
 from benchmark.core.state import State
+from benchmark.testbeds import samples
 from benchmark.testbeds.declared import heads
 from benchmark.testbeds.declared.backbones import Backbone
+from benchmark.testbeds.declared.captions import Captions
+from benchmark.testbeds.declared.drawing import DrawingBackbone, Sampling
 from benchmark.testbeds.declared.language import LanguageBackbone
 from benchmark.testbeds.declared.opening import Input, named_base, open_backbone, read
+from benchmark.testbeds.declared.opening_drawing import open_drawing
 from benchmark.testbeds.declared.places import Place, folder, place
 from benchmark.testbeds.declared.questions import Questions
 from benchmark.testbeds.declared.schema import TaskSpec, TestbedSpec, parse
@@ -93,6 +98,10 @@ class Declared(Testbed):
     def backbone(self) -> Backbone:
         """The base model and how it is run; always the same object."""
         spec = self.spec
+        if (how := spec.drawing) is not None:
+            base, sampling = self._base, Sampling(how.steps, how.guidance, how.side)
+            judge = place(how.judge, self.root, how.revision, "drawing.judge")
+            return open_drawing(base, judge, sampling)
         return open_backbone(
             self._base,
             Input(
@@ -115,10 +124,11 @@ class Declared(Testbed):
         published = [place_.content for place_ in map(self._expert, self.tasks) if place_]
         data = [self._source(name).content() for name in self.tasks]
         # What came later is named only where it is set: earlier results stay valid.
-        later = {"partial": False, "dtype": "float32"}
+        later = {"partial": False, "dtype": "float32", "drawing": None}
         unset = {name for name, value in later.items() if getattr(self.spec, name) == value}
         meaning = self.spec.model_dump(exclude={"name", "summary"} | unset, mode="json")
-        return _sha256([meaning, self._base.content, data, published])
+        judge = [self.backbone.content] if self.spec.drawing is not None else []
+        return _sha256([meaning, self._base.content, data, published, *judge])
 
     def base(self) -> State:
         return self.backbone.base()
@@ -138,6 +148,35 @@ class Declared(Testbed):
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.backbone.forward(state, inputs)
 
+    def loss(self, state: State, batch: Batch) -> Tensor:
+        return _loss(self.backbone, state, batch)
+
+    def quality(self, state: State, task: Task) -> dict[str, float]:
+        """Of images: how near the judge sees them to what was asked for, as a cosine; and with real
+        ones to compare with, :func:`benchmark.testbeds.samples.measures`."""
+        backbone = self.backbone
+        if not isinstance(backbone, DrawingBackbone):
+            return {}
+        with torch.inference_mode():
+            found = backbone.forward(state, task.test.inputs).cpu()
+            wanted = task.head.cpu()[task.test.labels.cpu()]
+            out = {"alignment": max(0.0, float((found * wanted).sum(1).mean()))}
+            if (shown := task.test.answers.get("image")) is not None:
+                real = backbone.seen(shown.cpu().float() / 255)
+                out |= samples.measures(found, real)
+        return out
+
+    def pictures(self, state: State, task: Task) -> Tensor | None:
+        """The first two of each class in grey, as many as a record holds."""
+        backbone, labels = self.backbone, task.test.labels
+        if not isinstance(backbone, DrawingBackbone):
+            return None
+        rows = torch.cat([(labels == label).nonzero()[:2, 0] for label in labels.unique()])
+        with torch.inference_mode():
+            rows = rows[: max(1, pictures.MOST // backbone.side**2)]
+            drawn = backbone.images(state, task.test[rows].inputs).mean(1)
+        return drawn if drawn.numel() <= pictures.MOST else None
+
     def published(self, task: str) -> State | None:
         """The published fine-tune that the file names for ``task``, if any."""
         found = self._expert(task)
@@ -151,6 +190,10 @@ class Declared(Testbed):
             AssetError: base or data are not at hand and cannot be fetched.
         """
         spec, source, backbone = self._task(name), self._source(name), self.backbone
+        if isinstance(backbone, DrawingBackbone):
+            told = Captions(spec, backbone, self.root)
+            key = _sha256([spec.model_dump(mode="json"), source.content(), backbone.content])
+            return told.task(kept(f"declared-{name}", key, told.prepare))
         asked = self._questions(spec)
         if asked is None and getattr(backbone, "crossing", False):
             raise UsageError(
@@ -241,6 +284,15 @@ class Opened:
 
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.backbone.forward(state, inputs)
+
+    def loss(self, state: State, batch: Batch) -> Tensor:
+        return _loss(self.backbone, state, batch)
+
+
+def _loss(backbone: Backbone, state: State, batch: Batch) -> Tensor:
+    if isinstance(backbone, DrawingBackbone):
+        return backbone.loss(state, batch)
+    return plain_loss(state, batch)
 
 
 @functools.lru_cache(maxsize=16)
