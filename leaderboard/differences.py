@@ -43,7 +43,7 @@ _UNSEEN_FLAGS = {"norm-blow-up", "partly-covered"}
 #: Facts that no machine changes.
 _FIXED = (
     "access", "task_id", "one_coefficient", "changes_modules", "qk_gauge", "n_val", "n_test",
-    "duties",
+    "duties", "draws",
 )  # fmt: skip
 
 

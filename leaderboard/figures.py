@@ -51,6 +51,8 @@ def problems(cell: Cell, suite: Suite, attack: Attack, merger: Merger, card: Car
         duties = trust.testbed(suite.testbed).method.duties.get(cell.victim, ())
         if tuple(cell.duties) != tuple(duties):
             yield f"its duties are not those of {cell.victim} on this testbed"
+        if cell.draws != trust.testbed(suite.testbed).method.draws:
+            yield "claims another track than its testbed's"
         yield from _of_sizes(cell, suite)
         yield from contradictions(cell)
         yield from _of_choices(cell)

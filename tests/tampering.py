@@ -131,6 +131,10 @@ BY_ITS_CELLS: Mapping[str, tuple[Change, str]] = {
         "claims access weights",
     ),
     "the task-aware track": (one(update(task_id=True)), "another track"),
+    "the track of generators": (
+        every(update(draws=True)),
+        "claims another track than its testbed's",
+    ),
     "a failure passed over": (one(emptied("error", "no luck")), "failed: no luck"),
     "the standard attacker skipped": (
         one(emptied("skipped", "no time"), attack="auto"),

@@ -208,6 +208,8 @@ def test_cells_and_the_board_state_the_quality(
     assert "What is drawn" in page
     assert page.count('alt="drawn by the model') == 6
     board = rank(cells)
+    assert {row.track for row in board.rows} == {"generators"}
+    assert "Ranking of generators" in page
     shown = columns.of_view("page", board)
     assert "quality" in {column.name for column in shown}
     row = board.rows[0]

@@ -369,6 +369,11 @@ class Testbed(ABC):
         """One task, on the CPU."""
 
     @property
+    def draws(self) -> bool:
+        """Whether its models are generators, which have a ranking of their own."""
+        return False
+
+    @property
     def duties(self) -> Mapping[str, tuple[str, ...]]:
         """Victims that keep secrets → the tasks that their users ask of them.
 

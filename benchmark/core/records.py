@@ -112,6 +112,7 @@ class Cell(BaseModel):
     ``duties``: of a victim that keeps secrets, the tasks on which its utility is judged. Then what
     is right on the victim's task is a leak, G is the share that leaks, partners' tasks play no
     part, and ``correct`` has expert and ``released`` on the duties too.
+    ``draws``: the testbed is of generators.
     ``quality``: where the testbed measures such, of what ``QUALITIES`` make on the victim's task;
     ``pictures``: a few of it (:mod:`benchmark.core.pictures`), from the same noise.
     """
@@ -169,6 +170,7 @@ class Cell(BaseModel):
     flags: list[str] = Field(default_factory=list)
     notes: dict[str, object] = Field(default_factory=dict)
     duties: list[str] = Field(default_factory=list)
+    draws: bool = False
     quality: dict[str, dict[str, float]] = Field(default_factory=dict)
     pictures: dict[str, str] = Field(default_factory=dict)
 

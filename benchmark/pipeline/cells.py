@@ -72,6 +72,7 @@ class CellMaker:
             n_val=self.suite.validation_rungs[-1],
             n_test=len(self.rider.rows(at.group.victim)),
             duties=list(self.rider.duties(at.group)),
+            draws=self.rider.bench.testbed.draws,
         )
         start = time.perf_counter()
         try:

@@ -14,13 +14,15 @@ Tier = Literal["weights", "unlabeled", "labeled"]
 TIERS: tuple[Tier, ...] = ("weights", "unlabeled", "labeled")
 Role = Literal["method", "control", "reference"]
 Standing = Literal["ranked", "below-gate", "two-faced", "unranked", "control", "reference"]
-Track = Literal["weights", "modules", "secrets"]
+Track = Literal["weights", "modules", "secrets", "generators"]
 #: Rankings that are not compared, in words: weights in the base's own architecture, releases whose
-#: users run other modules than mergers see, and releases that are to keep secrets, not a skill.
+#: users run other modules than mergers see, releases that are to keep secrets, not a skill, and
+#: generators, whose answers are judged by another model.
 TRACKS: dict[Track, str] = {
     "weights": "Ranking by robust protection (lower end): the least of all attacks and mergers",
     "modules": "Ranking of releases whose users run other modules than mergers see",
     "secrets": "Ranking of releases that keep secrets: what merging them does not bring out",
+    "generators": "Ranking of generators, by what a frozen judge sees in what they draw",
 }
 
 #: In the order of the table.

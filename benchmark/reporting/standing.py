@@ -35,6 +35,8 @@ def track_of(cells: Sequence[Cell]) -> Track:
     """The ranking to which a defense with these cells belongs."""
     if any(cell.duties for cell in cells):
         return "secrets"
+    if any(cell.draws for cell in cells):
+        return "generators"
     return "modules" if _foreign(cells) else "weights"
 
 

@@ -132,6 +132,10 @@ class DiffusionDigits(Testbed):
         positions = ("cls_token", "position_embeddings")
         return small_vit.initialise(_skeleton(), rng, lambda key: key.endswith(positions))
 
+    @property
+    def draws(self) -> bool:
+        return True
+
     def loss(self, state: State, batch: Batch) -> Tensor:
         return self._drawing.loss(state, batch)
 

@@ -148,6 +148,10 @@ class Declared(Testbed):
     def features(self, state: State, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.backbone.forward(state, inputs)
 
+    @property
+    def draws(self) -> bool:
+        return self.spec.drawing is not None
+
     def loss(self, state: State, batch: Batch) -> Tensor:
         return _loss(self.backbone, state, batch)
 
