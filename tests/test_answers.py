@@ -11,6 +11,7 @@ from benchmark.api import methods
 from benchmark.core.data import IGNORED, Split, Task
 from benchmark.core.errors import MethodError
 from benchmark.core.state import State
+from benchmark.evaluation import accuracy
 from benchmark.evaluation.accuracy import Evaluator, relative_gap
 
 VOCABULARY, TOKENS = 11, 3
@@ -94,6 +95,36 @@ def test_outcomes_and_gaps_are_taken_batch_by_batch() -> None:
     for states in ((broken, base), (base, broken)):
         with pytest.raises(MethodError, match="NaN or infinite"):
             evaluator.gap(*states, "signs", "test", rows)
+
+
+def test_a_model_whose_identity_is_told_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For outcomes, its gap to another, and as what others are compared with; one that is nameless
+    always, and of many the latest are known."""
+    ran: list[float] = []
+
+    class Counting(Echo):
+        def features(self, state: State, inputs: dict[str, Tensor]) -> Tensor:
+            ran.append(float(state["weight"][0, 0]))
+            return super().features(state, inputs)
+
+    evaluator, rows = Evaluator(Counting(), torch.device("cpu"), batch_size=50), range(100)
+    one, two, three = ({"weight": n * torch.eye(VOCABULARY)} for n in (1.0, 2.0, 3.0))
+    first = evaluator.correct(one, "signs", "test", rows, "one")
+    gap, right = evaluator.gap(two, one, "signs", "test", rows, ("two", "one"))
+    assert ran == [1, 1, 2, 2]
+    assert (gap, right.tolist()) == (1, first.tolist())
+    assert evaluator.gap(three, two, "signs", "test", rows, ("", "two"))[0] == 0.5
+    assert ran == [1, 1, 2, 2, 3, 3]
+    # Another part of the split, another split, no name: nothing is known.
+    for more in (("test", range(20), "one"), ("validation", rows, "one"), ("test", rows, "")):
+        before = len(ran)
+        evaluator.correct(one, "signs", *more)
+        assert len(ran) > before
+    monkeypatch.setattr(accuracy, "_REMEMBERED", 1)
+    evaluator.correct(three, "signs", "test", rows, "three")
+    before = len(ran)
+    evaluator.correct(one, "signs", "test", rows, "one")
+    assert len(ran) == before + 2
 
 
 def test_of_a_vocabulary_fisher_draws_labels_instead_of_summing_over_it() -> None:

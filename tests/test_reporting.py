@@ -464,8 +464,8 @@ def test_every_column_stands_where_it_says(tmp_path: Path) -> None:
     reporting.write(tmp_path, cells, RUN, cards)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     shown = columns.of_view("page", board)
-    # Those of secrets and generators: tests/test_secrets.py, tests/test_diffusion.py.
-    elsewhere = {"leaks", "kept", "quality"}
+    # Those of secrets and generators: tests/test_secrets.py, test_diffusion.py, test_drawing.py.
+    elsewhere = {"leaks", "kept", "quality", "alignment"}
     assert {c.name for c in shown} == {c.name for c in columns.COLUMNS} - elsewhere
     for column in shown:
         assert page.count(f"<th>{column.title}</th>") == 2  # weights, modules

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +15,24 @@ from benchmark.core.data import Ask, Split, Task
 from benchmark.core.errors import MethodError
 from benchmark.core.state import PerTask, State, forward_of, to_device
 
+#: Bytes of logits that are remembered: of a vocabulary hardly any, of classes those of many models.
+_REMEMBERED = 2**26
+
+
+class _Part(NamedTuple):
+    """Rows ``start:stop`` of a split, run at once. ``remember``: they may be asked for again."""
+
+    rows: Split
+    start: int
+    stop: int
+    remember: bool
+
 
 class Evaluator:
     """Runs States of one testbed on one device.
+
+    Logits on test examples are remembered for models whose identity is told, the latest ones: a
+    model is asked for its outcomes, for its gap to another, and as what others are compared with.
 
     ``batch_size`` is in examples; it fixes the order of floating-point sums, so results are
     reproducible only at one batch size.
@@ -27,6 +44,7 @@ class Evaluator:
         self.batch_size = batch_size or (512 if device.type == "cpu" else 4096)
         self._tasks: dict[str, Task] = {}
         self._owned: dict[str, Task] = {}
+        self._remembered: OrderedDict[tuple[str, str, int, int], Tensor] = OrderedDict()
 
     @cached_property
     def base(self) -> State:
@@ -48,33 +66,45 @@ class Evaluator:
         return self._owned[name]
 
     @torch.inference_mode()
-    def correct(self, state: State, task: str, split: str, rows: range) -> np.ndarray:
+    def correct(
+        self, state: State, task: str, split: str, rows: range, model: str = ""
+    ) -> np.ndarray:
         """Which examples are answered correctly: (len(rows),) bool.
+
+        ``model``: the identity of what ``state`` is, all that determines its logits.
 
         Raises:
             MethodError: a logit is NaN or infinite (a broken model is an error, not a low score).
         """
         what, right, finite = self.task(task), [], []
-        for batch in self._batches(task, split, rows):
-            logits = self._logits(state, what, batch)
-            right.append(what.answered(logits, batch, self._asked(state, what)))
+        for part in self._batches(task, split, rows):
+            logits = self._logits(state, what, part, model)
+            right.append(what.answered(logits, part.rows, self._asked(state, what)))
             finite.append(logits.isfinite().all())
         _check_finite(finite, task)
         return torch.cat(right).cpu().numpy()
 
     @torch.inference_mode()
     def gap(
-        self, state: State, reference: State, task: str, split: str, rows: range
+        self,
+        state: State,
+        reference: State,
+        task: str,
+        split: str,
+        rows: range,
+        models: tuple[str, str] = ("", ""),
     ) -> tuple[float, np.ndarray]:
         """max |Δlogit| / max |logit of the reference|, and what :meth:`correct` says of ``state``.
 
-        Logits are compared batch by batch: over a vocabulary they take gigabytes.
+        Logits are compared batch by batch: over a vocabulary they take gigabytes. ``models``: the
+        identities of both.
         """
         what, right, finite = self.task(task), [], []
         change, size = torch.zeros(2, len(self._batches(task, split, rows)), device=self.device)
-        for i, batch in enumerate(self._batches(task, split, rows)):
-            logits, expected = (self._logits(of, what, batch) for of in (state, reference))
-            right.append(what.answered(logits, batch, self._asked(state, what)))
+        pairs = tuple(zip((state, reference), models, strict=True))
+        for i, part in enumerate(self._batches(task, split, rows)):
+            logits, expected = (self._logits(of, what, part, model) for of, model in pairs)
+            right.append(what.answered(logits, part.rows, self._asked(state, what)))
             finite += [logits.isfinite().all(), expected.isfinite().all()]
             change[i], size[i] = (logits - expected).abs().max(), expected.abs().max()
         _check_finite(finite, task)
@@ -84,17 +114,20 @@ class Evaluator:
         """Logits (len(rows), classes) float32 on the CPU; raises as :meth:`correct` does."""
         what = self.task(task)
         with torch.inference_mode():
-            parts = [self._logits(state, what, b) for b in self._batches(task, split, rows)]
+            parts = [self._logits(state, what, part) for part in self._batches(task, split, rows)]
         found = torch.cat(parts).cpu()
         _check_finite([found.isfinite().all()], task)
         return found
 
-    def _batches(self, task: str, split: str, rows: range) -> list[Split]:
+    def _batches(self, task: str, split: str, rows: range) -> list[_Part]:
         what = self.task(task)
-        examples = what.split(split)[slice(rows.start, rows.stop)]
-        size = min(self.batch_size, what.most)
-        starts = range(0, len(examples), size)
-        return [examples[slice(start, start + size)] for start in starts]
+        examples = what.split(split)
+        size, end = min(self.batch_size, what.most), min(rows.stop, len(examples))
+        return [
+            _Part(examples[slice(start, stop)], start, stop, split == "test")
+            for start in range(rows.start, end, size)
+            if (stop := min(start + size, end)) > start
+        ]
 
     def _asked(self, state: State, task: Task) -> Ask:
         """The forward pass of ``state`` on ``task``."""
@@ -102,8 +135,17 @@ class Evaluator:
             state = state.of(task.name)
         return partial(forward_of(state, self.testbed.features), state)
 
-    def _logits(self, state: State, task: Task, batch: Split) -> Tensor:
-        return task.logits(self._asked(state, task)(batch.given)).float()
+    def _logits(self, state: State, task: Task, part: _Part, model: str = "") -> Tensor:
+        key = (model, task.name, part.start, part.stop)
+        if model and key in self._remembered:
+            self._remembered.move_to_end(key)
+            return self._remembered[key]
+        found = task.logits(self._asked(state, task)(part.rows.given)).float()
+        if model and part.remember:
+            self._remembered[key] = found
+            while sum(value.nbytes for value in self._remembered.values()) > _REMEMBERED:
+                self._remembered.popitem(last=False)
+        return found
 
 
 def _check_finite(flags: list[Tensor], task: str) -> None:

@@ -39,7 +39,7 @@ class Measure:
         key = identity.outcomes(self.bench.key, model, task, split, rows)
         packed = self.store.get(key)
         if packed is None:
-            packed = pack_bits(self.evaluator.correct(build(), task, split, rows))
+            packed = pack_bits(self.evaluator.correct(build(), task, split, rows, model))
             self.store.put(key, packed)
         return unpack_bits(packed, len(rows))
 
@@ -53,7 +53,14 @@ class Measure:
         key = identity.gap(self.bench.key, node.identity, reference.identity, task, rows.stop)
         found: float | None = self.store.get(key)
         if found is None:
-            found, right = self.evaluator.gap(node.state(), reference.state(), task, "test", rows)
+            found, right = self.evaluator.gap(
+                node.state(),
+                reference.state(),
+                task,
+                "test",
+                rows,
+                (node.identity, reference.identity),
+            )
             outcomes = identity.outcomes(self.bench.key, node.identity, task, "test", rows)
             self.store.put(outcomes, pack_bits(right))
             self.store.put(key, found)
@@ -93,7 +100,8 @@ class Measure:
 
         def gap() -> float:
             state = node.state()
-            return self.evaluator.gap(rounded(state), state, task, "test", rows)[0]
+            names = ("", node.identity)
+            return self.evaluator.gap(rounded(state), state, task, "test", rows, names)[0]
 
         return float(self.store.result(key, gap))
 

@@ -31,6 +31,8 @@ from benchmark.learn.training import at_most, fine_tune
 from benchmark.testbeds import samples, small_vit
 from benchmark.testbeds.kept import hashed_fields, kept
 
+#: Threads that draw; to learn from small batches one is best.
+_DRAWING = 2
 _WIDTH, _LAYERS, _HEADS, _SIDE, _PATCH = 64, 4, 4, 8, 2
 _CODE = 8  # numbers that say a class, each a plane beside the image
 _TIMES = 3  # planes that say t
@@ -222,7 +224,7 @@ class Drawing:
         times = torch.cat([2 * t - 1, angle.sin(), angle.cos()], 1)
         said = torch.cat([code[:, :, None, None], times], 1).expand(-1, -1, _SIDE, _SIDE)
         planes = {"pixel_values": torch.cat([images, said], 1)}
-        with at_most(DiffusionDigits.threads):
+        with at_most(_DRAWING if torch.is_inference_mode_enabled() else DiffusionDigits.threads):
             output = torch.func.functional_call(_skeleton(), state, kwargs=planes)
         patches = output.last_hidden_state[:, 1:] @ _projection().to(images.device)
         return functional.fold(patches.mT, _SIDE, _PATCH, stride=_PATCH)
