@@ -20,12 +20,12 @@ _REMEMBERED = 2**26
 
 
 class _Part(NamedTuple):
-    """Rows ``start:stop`` of a split, run at once. ``remember``: they may be asked for again."""
+    """Rows ``start:stop`` of a split, run at once."""
 
     rows: Split
     start: int
     stop: int
-    remember: bool
+    split: str
 
 
 class Evaluator:
@@ -124,7 +124,7 @@ class Evaluator:
         examples = what.split(split)
         size, end = min(self.batch_size, what.most), min(rows.stop, len(examples))
         return [
-            _Part(examples[slice(start, stop)], start, stop, split == "test")
+            _Part(examples[slice(start, stop)], start, stop, split)
             for start in range(rows.start, end, size)
             if (stop := min(start + size, end)) > start
         ]
@@ -137,11 +137,12 @@ class Evaluator:
 
     def _logits(self, state: State, task: Task, part: _Part, model: str = "") -> Tensor:
         key = (model, task.name, part.start, part.stop)
-        if model and key in self._remembered:
+        known = bool(model) and part.split == "test"
+        if known and key in self._remembered:
             self._remembered.move_to_end(key)
             return self._remembered[key]
         found = task.logits(self._asked(state, task)(part.rows.given)).float()
-        if model and part.remember:
+        if known:
             self._remembered[key] = found
             while sum(value.nbytes for value in self._remembered.values()) > _REMEMBERED:
                 self._remembered.popitem(last=False)
