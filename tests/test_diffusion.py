@@ -217,6 +217,45 @@ def test_cells_and_the_board_state_the_quality(
     assert column.show(row).text == f"{row.quality['attacked']['frechet']:.2f}"
 
 
+STRANGER = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from benchmark.api import Card, Defense
+
+@dataclass(frozen=True)
+class Trains(Defense):
+    card: ClassVar[Card] = Card(summary="trains", trains=True)
+
+    def protect(self, victim, rng):
+        few, draws = victim.task.train[:8], torch.Generator().manual_seed(0)
+        loss = victim.batch(few, draws).loss(victim.base)
+        victim.note("trains.loss", float(loss))
+        return victim.train(victim.base, rng)
+"""
+
+
+@pytest.mark.slow
+def test_a_stranger_trains_on_the_same_loss_in_a_process_of_its_own(
+    quick: DiffusionDigits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "testbed", lambda spec: methods.Named("quick", quick))
+    (tmp_path / "strange.py").write_text(STRANGER)
+    suite = Suite(
+        name="q", description="q", testbed="quick",
+        groups=(Group(victim="low", partners=("high",)),), attacks=("none",),
+        defenses=("none", f"{tmp_path / 'strange.py'}:Trains"),
+        mergers=("task-arithmetic",), test=60, validation_rungs=(10, 40),
+    )  # fmt: skip
+    _, cell = running.execute(planning.make(suite, CPU), tmp_path / "run", CPU)
+    assert cell.status in ("ok", "no-benefit"), cell.reason
+    task, base = quick.task("low"), quick.base()
+    batch = Batch.of(task, task.train[:8], quick.features, quick.loss, generator(0))
+    assert cell.notes["trains.loss"] == pytest.approx(float(batch.loss(base)), rel=1e-5)
+    assert cell.sha256.released not in (cell.sha256.base, cell.sha256.expert)
+
+
 def test_pictures_are_text_that_says_its_own_size() -> None:
     some = np.linspace(-0.5, 1.5, 2 * 3 * 4).reshape(2, 3, 4)
     assert np.array_equal(unpack(pack(some)), np.round(some.clip(0, 1) * 255))
