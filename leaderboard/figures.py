@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from benchmark.api.contracts import Access, Attack, Card, Ensemble, Merger
 from benchmark.core.errors import MethodError
-from benchmark.core.records import QUALITIES, Cell
+from benchmark.core.records import QUALITIES, SEARCHED, Cell
 from benchmark.evaluation.benign import USES
 from benchmark.evaluation.flags import FLAGS, of_cell
 from benchmark.evaluation.soundness import contradictions, measured, same
@@ -112,6 +112,7 @@ def _of_shares(cell: Cell, suite: Suite) -> Iterator[str]:
         yield "seen: stated without foreign modules, not stated with them, or no share"
     asked = cell.attack == "none" or suite.fixed_everywhere
     wanted = {f"{c:g}" for c in suite.fixed_coefficients} if asked else set()
+    wanted |= {SEARCHED} if asked and suite.shared_search else set()
     tasks = set(cell.scored if suite.fixed_everywhere else cell.scored[:1])
     if cell.fixed.keys() != wanted:
         yield "fixed holds other coefficients than the suite's"

@@ -7,18 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import toy_clip
 from fabricated import cell
 
 from benchmark import reporting
 from benchmark.api import methods
-from benchmark.core.records import Cell
+from benchmark.core.records import SEARCHED, Cell
+from benchmark.pipeline import plan as planning
+from benchmark.pipeline import run as running
 from benchmark.pipeline.run import read_cells
-from benchmark.pipeline.suite import Suite, load
+from benchmark.pipeline.suite import Group, Suite, load
+from benchmark.reporting import write
 from benchmark.reporting.html import suite_toml
 from benchmark.reporting.published import published_lines
 
 PAPERS = ("params-paper", "trap2-paper", "mergeguard-paper", "aga-paper")
+CPU = torch.device("cpu")
+#: What printed figures of the toy run may be of.
+TOY = ("mean", "all", "eurosat", "svhn")
 TASKS = {"mnist": 10, "svhn": 10, "eurosat": 10}
 
 
@@ -81,13 +88,14 @@ def test_a_paper_in_full_at_toy_size(
     wanted = len(suite.defenses) * len(suite.attacks) * len(suite.mergers)
     assert len(cells) == wanted
     coefficients = {f"{c:g}" for c in suite.fixed_coefficients}
+    coefficients |= {SEARCHED} if suite.shared_search else set()
     for c in cells:
         assert set(c.fixed) == (
             coefficients if suite.fixed_everywhere or c.attack == "none" else set()
         )
     board = json.loads((tmp_path / "run/leaderboard.json").read_text())
     measured = [line for line in board["published"] if line["remark"] != "not on this testbed"]
-    own = [line for line in measured if line["printed"]["task"] in ("mean", "eurosat", "svhn")]
+    own = [line for line in measured if line["printed"]["task"] in TOY]
     assert own
     for line in own:
         for which in ("unprotected", "protected", "attacked"):
@@ -120,7 +128,7 @@ def test_figures_name_methods_as_cells_do(name: str) -> None:
             assert figure.defense in suite.defenses
             assert figure.attack in suite.attacks
             assert figure.merger in suite.mergers
-            assert figure.task in {"mean", *tasks}
+            assert figure.task in {"mean", "all", *tasks}
             assert figure.coefficient in {None, *suite.fixed_coefficients}
 
 
@@ -144,6 +152,49 @@ def lines(cells: list[Cell], *figures: dict[str, object], testbed: str = "minilm
 
 def made(defense: str, attack: str = "none", **fields: object) -> Cell:
     return cell(defense, attack, "task-arithmetic", 0.5).model_copy(update=fields)
+
+
+def test_a_shared_coefficient_is_the_best_on_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the mean over all tasks; ten in turn that are no better end the search."""
+    monkeypatch.setenv("UNMERGEBENCH_CACHE", str(tmp_path / "cache"))
+    fields = {
+        "name": "s", "description": "s", "testbed": "digits",
+        "groups": (Group(victim="mnist-low", partners=("digits-low",)),),
+        "defenses": ("none", "params"),
+        "attacks": ("none", "weight-matching"), "mergers": ("task-arithmetic",), "test": 60,
+        "validation_rungs": (20, 60), "fixed_everywhere": True,
+    }  # fmt: skip
+    tried = tuple(n / 10 for n in range(1, 60))
+    both = {"shared_search": tried, "fixed_coefficients": tried[:20]}
+    plan = planning.make(Suite.model_validate({**fields, **both}), CPU)
+    alone = planning.make(Suite.model_validate({**fields, "fixed_coefficients": tried[:20]}), CPU)
+    assert plan.cells[0].key != alone.cells[0].key
+    for one in running.execute(plan, tmp_path / "run", CPU):
+        assert one.status in ("ok", "no-benefit"), one.reason
+        found = one.fixed[SEARCHED]
+        assert found.keys() == {"mnist-low", "digits-low"}
+        chosen = one.notes["fixed.searched"]
+        assert found == one.fixed.get(f"{chosen:g}", found)
+        if one.defense == "none":
+            assert 0.2 <= chosen <= 1.5
+            assert sum(found.values()) > sum(one.fixed["0.1"].values())
+    write(tmp_path / "run", read_cells(tmp_path / "run"), {})
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert SEARCHED in page
+
+
+def test_all_is_the_mean_over_the_tasks_of_a_merge() -> None:
+    cells = [
+        made("none", fixed={SEARCHED: {"r8": 0.75, "bbc": 0.25}}),
+        made("params", fixed={SEARCHED: {"r8": 0.0, "bbc": 0.5}}),
+    ]
+    found = figure(task="all", coefficient=None)
+    run = {"suite": {"testbed": "minilm", "shared_search": [0.1], "published": [found]}}
+    (line,) = published_lines(cells, run)
+    assert (line.measured.unprotected, line.measured.protected) == (50, 25)
+    assert (line.remark, line.measured.coefficient) == ("", SEARCHED)
 
 
 def test_the_mean_is_over_victims_and_seeds_at_the_printed_coefficient() -> None:

@@ -13,6 +13,8 @@ SCHEMA_VERSION = 2
 #: forward are public.
 OF_MODULES = ("read-shipped", "auto(tier=unlabeled)")
 
+#: In place of a coefficient: the shared one that validation chose.
+SEARCHED = "searched"
 #: Models of whose samples a cell states the quality.
 QUALITIES = ("released", "undefended", "attacked")
 
@@ -93,7 +95,8 @@ class Cell(BaseModel):
     candidate won and which outside option G0 is. ``merged_setting`` and ``merged_accuracy``: the
     best setting that does use the victim (its accuracy only where it was measured: it won, or
     nothing was defended).
-    ``fixed``: accuracy on the victim's task at the papers' coefficients.
+    ``fixed``: accuracy on the victim's task at the papers' coefficients, and at the shared one that
+    is best on validation (``SEARCHED``).
     ``utility`` and ``standalone``: accuracy of the release, and of the recovered model, used alone.
     ``seen``: accuracy of a release with foreign modules on the training inputs that attackers get.
     ``logit_gap``, ``recovered_gap``: max relative |Δlogit| of release against expert, and of the

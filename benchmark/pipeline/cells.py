@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from benchmark.api.contracts import Access, Attack, Setting
 from benchmark.api.methods import Named, attack, defense, merger
 from benchmark.core.errors import Tampered, described, stop_if_serious
-from benchmark.core.records import Cell, Hashes, Seconds, Spent
+from benchmark.core.records import SEARCHED, Cell, Hashes, Seconds, Spent
 from benchmark.core.state import State, digest
 from benchmark.evaluation import flags, utility
 from benchmark.evaluation.scoring import (
@@ -248,19 +248,43 @@ class CellMaker:
             cell.merged_accuracy = accuracies(self.rider.test(merge, cell.scored))
 
     def _fixed(self, cell: Cell, at: Situation, asked: Named[Attack]) -> None:
-        """The merge at the papers' coefficients, after the attack where the suite asks for that."""
+        """The merge at the papers' coefficients, and at the best on validation of shared ones,
+        after the attack where the suite asks for that."""
         everywhere, bench = self.suite.fixed_everywhere, self.bench
         if not everywhere and asked.spec != self.no_attack.spec:
             return
         base, parts = made.members(bench.recovered(at))
         at = made.merging(bench, at)
-        settings = [Setting((c,) * len(parts)) for c in self.suite.fixed_coefficients]
-        options = made.merges(bench, at, base, parts, settings, "fixed")
-        for setting, option in zip(settings, options, strict=True):
-            if at.attack.method.refines:
-                option = made.refined(bench, at, option)
-            tasks = cell.scored if everywhere else cell.scored[:1]
-            cell.fixed[f"{setting.coefficients[0]:g}"] = accuracies(self.rider.test(option, tasks))
+        tasks = cell.scored if everywhere else cell.scored[:1]
+
+        def merged(coefficients: Sequence[float]) -> Iterator[tuple[float, Candidate]]:
+            settings = [Setting((c,) * len(parts)) for c in coefficients]
+            options = made.merges(bench, at, base, parts, settings, "fixed")
+            for coefficient, option in zip(coefficients, options, strict=True):
+                refines = at.attack.method.refines
+                yield coefficient, made.refined(bench, at, option) if refines else option
+
+        for coefficient, option in merged(self.suite.fixed_coefficients):
+            cell.fixed[f"{coefficient:g}"] = accuracies(self.rider.test(option, tasks))
+        if self.suite.shared_search:
+            coefficient, option = self._shared(merged(self.suite.shared_search), at)
+            cell.fixed[SEARCHED] = accuracies(self.rider.test(option, tasks))
+            cell.notes["fixed.searched"] = coefficient
+
+    def _shared(
+        self, options: Iterator[tuple[float, Candidate]], at: Situation
+    ) -> tuple[float, Candidate]:
+        """The best on validation, by the mean of normalised accuracies over all tasks; the search
+        ends where ``_PATIENCE`` coefficients in turn were no better (Trap²'s official code)."""
+        unit, best = self.rider.units(at), list[tuple[float, float, Candidate]]()
+        since = 0
+        for coefficient, option in options:
+            score = float(self.rider.validated(option, unit, self.rider.rungs()).mean())
+            if not best or score > best[0][0]:
+                best, since = [(score, coefficient, option)], 0
+            elif (since := since + 1) >= _PATIENCE:
+                break
+        return best[0][1:]
 
 
 def _failed(cell: Cell, error: Exception) -> Cell:
@@ -268,6 +292,9 @@ def _failed(cell: Cell, error: Exception) -> Cell:
     kept = {name: getattr(cell, name) for name in _IDENTITY}
     return Cell(**kept, status="error", reason=described(error))
 
+
+#: Shared coefficients in turn that are no better, after which the search for one ends.
+_PATIENCE = 10
 
 #: What a cell is the cell of.
 _IDENTITY = (

@@ -187,6 +187,7 @@ def question(bench: str, suite: Suite, first_merger: str) -> str:
         suite.validation_rungs,
         suite.fixed_coefficients,
         suite.fixed_everywhere,
+        *([suite.shared_search] if suite.shared_search else []),
         first_merger if suite.benign else "",
         source_hash("benchmark.pipeline.cells"),
     )

@@ -14,7 +14,8 @@ class Published(BaseModel):
     """One line of a paper's table; accuracies in %.
 
     ``defense``, ``attack`` and ``merger`` are specs of the suite. ``task``: a task's name, or
-    ``mean`` over the suite's victims. ``victim``: whose expert is protected, if that is not the
+    ``mean`` over the suite's victims, each in its own merge, or ``all``: over all tasks of a merge,
+    and then over victims. ``victim``: whose expert is protected, if that is not the
     task's own. ``partners``: with whom it was merged (empty: whatever the suite merges it with).
     ``coefficient``: the shared λ; None where the source is silent, and then the suite's first one
     is measured. ``testbed``: what it is a figure of, if not simply the suite's: a testbed with its

@@ -45,6 +45,8 @@ class Suite(BaseModel):
     test: int = Field(default=500, ge=10)
     validation_rungs: tuple[int, ...] = Field(default=(8, 32, 128), min_length=1)
     fixed_coefficients: tuple[float, ...] = ()
+    #: Of these shared coefficients, rising, one is chosen on validation, as some papers do.
+    shared_search: tuple[float, ...] = ()
     #: Measure the benign-use tax too; users adapt the release to the group's first partner's task.
     benign: bool = False
     #: At the fixed coefficients measure every task, and attacked cells too: what papers print.
@@ -58,15 +60,17 @@ class Suite(BaseModel):
             raise ValueError("validation_rungs must increase")
         if self.validation_rungs[0] < 2:
             raise ValueError("the first validation rung needs at least 2 examples")
-        if self.fixed_everywhere and not self.fixed_coefficients:
-            raise ValueError("fixed_everywhere needs fixed_coefficients")
+        if self.fixed_everywhere and not (self.fixed_coefficients or self.shared_search):
+            raise ValueError("fixed_everywhere needs fixed_coefficients or shared_search")
+        if list(self.shared_search) != sorted(set(self.shared_search)):
+            raise ValueError("shared_search must increase")
         return self
 
     @property
     def hash(self) -> str:
         """sha256 of the content: two suites with one hash ask the same question."""
         # Fields younger than the first published runs count only where they ask for something.
-        later = set() if self.fixed_everywhere else {"fixed_everywhere"}
+        later = {name for name in ("fixed_everywhere", "shared_search") if not getattr(self, name)}
         content = self.model_dump(exclude={"name", "description", "published", *later})
         if self.testbed.endswith(".toml") and Path(self.testbed).is_file():
             content["testbed"] = sha(read_text(Path(self.testbed)))

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from benchmark.core.paths import replacing
-from benchmark.core.records import Cell
+from benchmark.core.records import SEARCHED, Cell
 from benchmark.evaluation.thresholds import BROKEN
 from benchmark.reporting.board import GATE, Entry, Leaderboard, Tier
 from benchmark.reporting.costs import Curve, break_curves
@@ -245,7 +245,10 @@ def break_cost(by_examples: Sequence[Curve], by_flops: Sequence[Curve]) -> Figur
 
 def fixed_coefficients(lines: Sequence[FixedLine]) -> Figure:
     """Accuracy of the merged model on the victims' tasks, one bar per shared coefficient."""
-    coefficients = sorted({c for line in lines for c in line.accuracy}, key=float)
+    coefficients = sorted(
+        {c for line in lines for c in line.accuracy},
+        key=lambda c: math.inf if c == SEARCHED else float(c),
+    )
     figure, axes = _figure(6.6, 1.5 + (0.18 + 0.16 * len(coefficients)) * len(lines))
     thickness = 0.8 / len(coefficients)
     for index, coefficient in enumerate(coefficients):

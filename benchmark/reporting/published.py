@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmark.api.specs import parse
 from benchmark.core.errors import UsageError
-from benchmark.core.records import Cell
+from benchmark.core.records import SEARCHED, Cell
 from benchmark.pipeline.published import Published
 
+_MEANS = {"mean": "mean over tasks", "all": "mean over all tasks of a merge"}
 #: What is measured of a release by itself.
 _ALONE = ("standalone", "alignment-alone")
 
@@ -48,7 +49,7 @@ class PublishedLine(BaseModel):
         where = "alone" if p.what in _ALONE else f"by {p.merger}"
         where += ", alignment" if p.what.startswith("alignment") else ""
         at = f" at {p.coefficient:g}" if p.coefficient is not None else ""
-        task = "mean over tasks" if p.task == "mean" else p.task
+        task = _MEANS.get(p.task, p.task)
         if p.partners:
             task += f" ({'+'.join((p.victim or p.task, *p.partners))})"
         base = f", {p.testbed}" if p.testbed else ""
@@ -68,6 +69,8 @@ def published_lines(cells: Sequence[Cell], run: Mapping[str, Any]) -> list[Publi
         return []
     own = str(suite.get("testbed", ""))
     fixed = [f"{c:g}" for c in suite.get("fixed_coefficients") or ()]
+    if suite.get("shared_search"):
+        fixed = [SEARCHED]
     return [_line(figure, own, fixed, cells) for figure in printed]
 
 
@@ -80,7 +83,7 @@ def _line(figure: Published, own: str, fixed: list[str], cells: Sequence[Cell]) 
         remark = "merged as a free-rider does, the source names no λ"
     if not at and figure.what == "merged":
         at = fixed[0] if fixed else ""
-        remark = f"λ {at} is ours, the source names none"
+        remark = "" if at == SEARCHED else f"λ {at} is ours, the source names none"
     fitting = [cell for cell in cells if _fits(cell, figure)]
 
     def mean(defense: str, attack: str) -> float | None:
@@ -101,7 +104,7 @@ def _line(figure: Published, own: str, fixed: list[str], cells: Sequence[Cell]) 
 def _fits(cell: Cell, figure: Published) -> bool:
     if figure.what not in _ALONE and cell.merger != figure.merger:
         return False
-    victim = figure.victim or (figure.task if figure.task != "mean" else cell.victim)
+    victim = figure.victim or (cell.victim if figure.task in _MEANS else figure.task)
     partners = set(figure.partners or cell.partners)
     return cell.victim == victim and set(cell.partners) == partners
 
@@ -112,8 +115,10 @@ def _value(cell: Cell, figure: Published, at: str) -> float | None:
         return cell.quality.get(who, {}).get("alignment")
     if figure.what == "standalone":
         return cell.utility if cell.attack == "none" else cell.standalone
-    task = cell.victim if figure.task == "mean" else figure.task
-    return cell.fixed.get(at, {}).get(task)
+    found = cell.fixed.get(at, {})
+    if figure.task == "all":
+        return fmean(found.values()) if found else None
+    return found.get(cell.victim if figure.task == "mean" else figure.task)
 
 
 def _is(own: str, wanted: str) -> bool:
