@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,14 @@ def test_what_is_no_pipeline_is_refused_in_one_line(case: str, made: Path, tmp_p
     with pytest.raises(CheckpointError, match=said) as caught:
         folders.load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_without_the_extra_it_says_what_to_install(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'unmergebench\[diffusion\]'"):
+        folders.load(made / "base")
 
 
 @pytest.fixture
