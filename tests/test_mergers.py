@@ -28,7 +28,8 @@ SPECS = [
 ]
 #: Covered by test_more_mergers, the last two by test_adapter_mergers.
 ELSEWHERE = (
-    "breadcrumbs", "della", "model-stock", "tsv", "iso-c", "cart", "mdm-oc", "knots", "core",
+    "breadcrumbs", "consensus", "della", "model-stock", "tsv", "iso-c", "cart", "mdm-oc", "knots",
+    "core",
 )  # fmt: skip
 quick = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 10_000)

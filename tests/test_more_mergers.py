@@ -1,4 +1,4 @@
-"""Breadcrumbs, DELLA, Model Stock, TSV-M, Iso-C, CART, MDM-OC by independent arithmetic."""
+"""Breadcrumbs, consensus, DELLA, Model Stock and spectral mergers by independent arithmetic."""
 
 from __future__ import annotations
 
@@ -53,6 +53,29 @@ def test_every_setting_of_the_search_merges(spec: str, count: int) -> None:
     for setting in settings:
         if sum(map(bool, setting.coefficients)) > 1:
             compatible(merge(setting), base, str(setting))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_consensus_keeps_what_two_tasks_use(count: int) -> None:
+    base, experts = members(2, count)
+    taus = [delta(expert, base) for expert in experts]
+    weights = [0.7, 0.3, 1.0, 0.5][:count]
+    merged = run("consensus(lam=0.4)", base, experts, tuple(weights))
+    users = np.zeros_like(taus[0])
+    for tau in taus:
+        users += np.abs(tau) >= 0.4 * np.abs(sum(taus) - tau)
+    step = (users >= 2) * sum(c * tau for c, tau in zip(weights, taus, strict=True))
+    np.testing.assert_allclose(double(merged["w"]), double(base["w"]) + step, atol=1e-6)
+    assert 0.05 < (users < 2).mean() < 0.95
+    # Who counts is who is merged; what all may use is task arithmetic.
+    assert_close(
+        run("consensus(lam=0.4)", base, [experts[0], base], (0.7, 0.0)),
+        run("task-arithmetic", base, [experts[0], base], (0.7, 0.0)),
+    )
+    assert_close(
+        run("consensus(lam=0.0)", base, experts, tuple(weights)),
+        run("task-arithmetic", base, experts, tuple(weights)),
+    )
 
 
 def test_breadcrumbs_keeps_the_middle() -> None:
