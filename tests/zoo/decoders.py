@@ -172,6 +172,9 @@ GROUPED = tuple({*RESTRICTED} - {"phi", "gptj", "gpt-neox", "falcon"})
 GATED = tuple({*GROUPED} - {"starcoder2", "falcon-new"})
 #: Mixtures of experts, whose gauges outside the blocks have no row.
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe")
-KIN = ("qwen2-moe", "qwen3-moe", "olmo3")
+KIN = (
+    "qwen2-moe", "qwen3-moe", "olmo3", "mistral", "granite", "smollm3", "gemma3", "starcoder2",
+    "stablelm-parallel", "cohere2", "falcon-new",
+)  # fmt: skip
 #: One model per family: the rest differ in their prefixes only.
 FAMILIES = ("gpt2", "qwen2", "qwen3", "olmo2", "cohere", "gptj", "phi3", "falcon", "bloom")

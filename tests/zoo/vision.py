@@ -179,7 +179,7 @@ NO_FOLDER = (
 #: Those that differ from another in little: the long tests leave them to CI.
 KIN = (
     "deit-teacher", "vit-mae", "dinov2-registers", "swin", "timm-vit-mean", "timm-vit-pool",
-    "open-clip-timm",
+    "open-clip-timm", "clip-vision", "open-clip-custom-text",
 )  # fmt: skip
 #: The Q/K gauge group of those where it is not the general one; those with a gated MLP.
 RESTRICTED = {"swinv2": "sign", "eva02": "rotary"}
