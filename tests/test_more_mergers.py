@@ -15,6 +15,7 @@ from benchmark.api.methods import merger
 from benchmark.core.errors import MethodError, UsageError
 from benchmark.core.state import State, compatible, digest, task_vector
 from benchmark.merging.della import Della
+from benchmark.pipeline import identity
 
 Array = NDArray[np.float64]
 
@@ -76,6 +77,17 @@ def test_consensus_keeps_what_two_tasks_use(count: int) -> None:
         run("consensus(lam=0.0)", base, experts, tuple(weights)),
         run("task-arithmetic", base, experts, tuple(weights)),
     )
+
+
+def test_what_a_setting_gives_is_in_the_key() -> None:
+    """A coefficient alone says nothing of λ, which then is the field's."""
+    keys = [
+        identity.method(merger(f"consensus(lam={lam})").method, search=False) for lam in (0.2, 0.6)
+    ]
+    assert keys[0] != keys[1]
+    base, experts = members(2, 2)
+    first, second = (run(f"consensus(lam={lam})", base, experts, (1.0, 1.0)) for lam in (0.2, 0.6))
+    assert not torch.equal(first["w"], second["w"])
 
 
 def test_breadcrumbs_keeps_the_middle() -> None:

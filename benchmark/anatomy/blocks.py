@@ -82,6 +82,14 @@ class Linear:
     weight: Slot
     bias: Slot | None = None
 
+    @staticmethod
+    def named(
+        name: str, state: Mapping[str, Tensor], rows: tuple[int, int] | None = None
+    ) -> Linear:
+        """The layer ``name``, with a bias where ``state`` has one; ``rows`` of it alone."""
+        weight, bias = (f"{name}.{part}" for part in ("weight", "bias"))
+        return Linear(Slot(weight, rows), Slot(bias, rows) if bias in state else None)
+
     def slots(self) -> Iterator[Slot]:
         yield self.weight
         if self.bias is not None:

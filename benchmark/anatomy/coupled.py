@@ -56,7 +56,7 @@ def match_coupled(
     sorts = _Signatures(groups, cost)
     known = [_telling(group) for group in groups]
     ends = [
-        _descend(groups, start, goal, cost, first)
+        _descend(groups, known, start, goal, cost, first)
         for first in (
             identity,
             [nearest(sorts.of(g, start), sorts.of(g, goal), g.nest) for g in known],
@@ -74,16 +74,17 @@ def _telling(group: Units) -> Units:
 
 def _descend(
     groups: Sequence[Units],
+    known: Sequence[Units],
     start: Mapping[str, Tensor],
     goal: Mapping[str, Tensor],
     cost: str,
     first: Sequence[Tensor],
 ) -> tuple[list[Tensor], float]:
-    """Match group by group until nothing moves: the permutations, and how far the end is."""
+    """Match group by group, by what is ``known`` of each, until nothing moves: the permutations,
+    and how far the end is."""
     work, orders = dict(start), list(first)
     for group, order in zip(groups, orders, strict=True):
         permute_units(work, group, order)
-    known = [_telling(group) for group in groups]
     told = {axis.slot.key for group in known for axis in group.axes}
     for _ in range(_SWEEPS):
         moved = False

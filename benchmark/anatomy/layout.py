@@ -100,10 +100,7 @@ class Layout:
 
     def mlp(self, up: str, down: str, stream: str, activation: str) -> MLPBlock:
         """Two Linears around an activation: an MLP block, whose ends lie along ``stream``."""
-        linears = []
-        for name in (up, down):
-            weight, bias = (f"{self.prefix}{name}.{part}" for part in ("weight", "bias"))
-            linears.append(Linear(Slot(weight), Slot(bias) if bias in self.state else None))
+        linears = [Linear.named(f"{self.prefix}{name}", self.state) for name in (up, down)]
         self.conv(up, None, stream)
         self.conv(down, stream)
         return MLPBlock(up=linears[0], down=linears[1], activation=activation)

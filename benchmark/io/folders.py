@@ -37,7 +37,7 @@ _HF = "model.safetensors"
 _LISTS = ".index.json"  # behind the name of the weights, where they lie in shards
 _CLIP = "open_clip_model.safetensors"
 CONFIGS = ("config.json", CLIP_CONFIG, pipelines.INDEX)
-_ADAPTERS = ("adapter_config.json", "pytorch_lora_weights.safetensors")
+_ADAPTERS = ("adapter_config.json", pipelines.LORA)
 # Weights in another format would release the unprotected expert beside the protected one.
 _WEIGHTS = (
     *tensorfiles.PICKLES, ".safetensors", ".safetensors.index.json", ".bin.index.json", ".onnx",
@@ -47,7 +47,8 @@ _WEIGHTS = (
 _CODE = (".py", ".pyc", ".so", ".pyd", ".dll")
 #: What belongs to a checkpoint where nobody wrote down who made it.
 _PART = re.compile(
-    r"(model|open_clip_model|adapter_model|diffusion_pytorch_model|pytorch_lora_weights)\S*\.safetensors(\.index\.json)?|\w*config\.json|"
+    r"(model|open_clip_model|adapter_model|diffusion_pytorch_model|pytorch_lora_weights)\S*"
+    r"\.safetensors(\.index\.json)?|\w*config\.json|"
     r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template)\S*"
 )
 _INDICES = (f"{_HF}{_LISTS}", f"{pipelines.WEIGHTS}{_LISTS}")

@@ -20,7 +20,7 @@ from benchmark.io import folders, pipelines, tensorfiles
 from benchmark.io.folders import Checkpoint
 from benchmark.io.loaders import quiet
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
+WEIGHTS = pipelines.LORA
 _NAME = "given"
 
 

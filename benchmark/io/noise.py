@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def noise_inputs(model: Any, rng: torch.Generator, examples: int = 2) -> dict[st
     """
     config: Mapping[str, Any] = model.config
     arguments = inspect.signature(model.forward).parameters
-    normal = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
+    normal = partial(torch.randn, generator=rng)
     channels, tokens = config.get("in_channels", 4), _SIDE
     inputs: dict[str, Any] = {}
     if "img_ids" in arguments:

@@ -1,8 +1,10 @@
 """Folders of diffusers: one model, or a pipeline whose denoiser is what is merged.
 
-model_index.json            which parts there are
-unet/ or transformer/       the denoiser: config.json, diffusion_pytorch_model.safetensors
-vae/ text_encoder/ …        carried along as they are
+    model_index.json            which parts there are
+    unet/ or transformer/       the denoiser: config.json, diffusion_pytorch_model.safetensors
+    vae/ text_encoder/ …        carried along as they are
+
+A LoRA of the denoiser has a folder of its own (:mod:`.generator_loras`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from benchmark.io.loaders import Loaded, main_dtype, quiet
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
 #: The part of a pipeline that denoises.
 DENOISERS = ("unet", "transformer")
 _EXTRA = "diffusers is not installed; pip install 'unmergebench[diffusion]'"

@@ -2,8 +2,8 @@
 
 With τ = Σ τ_i over the members, the entries that task i uses of τ are::
 
-    m_i = 1[|τ_i| ≥ λ·|τ − τ_i|]                        TALL mask (eq. 3)
-    θ = θ0 + 1[Σ m_i ≥ k] ⊙ Σ c_i·τ_i                   consensus mask (eq. 5), k = 2
+    m_i = 1[|τ_i| ≥ λ·|τ − τ_i|]                        TALL mask
+    θ = θ0 + 1[Σ m_i ≥ k] ⊙ Σ c_i·τ_i                   consensus mask, k = 2
 
 so what one task alone uses, or none, is dropped. The paper scales all tasks by one α; here each has
 its coefficient, as in task arithmetic. Masks are those of the plain sum, as there.
@@ -22,6 +22,8 @@ from benchmark.core.state import State, task_vector
 from benchmark.merging.streaming import moved, wide
 from benchmark.merging.tau import GridMerger, active, searched
 
+_USUAL = 0.4
+
 
 @dataclass(frozen=True)
 class Consensus(GridMerger):
@@ -29,11 +31,11 @@ class Consensus(GridMerger):
 
     Attributes:
         lam: λ; None: searched.
-        lams: the values of λ that are tried (the paper's range).
+        lams: the values of λ that are tried.
         k: tasks that must use an entry; no more than there are members.
     """
 
-    lam: float | None = searched(None)
+    lam: float | None = None
     lams: tuple[float, ...] = searched((0.2, 0.4, 0.6))
     k: int = 2
 
@@ -42,8 +44,9 @@ class Consensus(GridMerger):
         paper="Localizing Task Information for Improved Model Merging and Compression",
         authors="Ke Wang et al.",
         arxiv="2405.07813",
-        fidelity="faithful",
-        notes="a coefficient per member where the paper has one for all; one λ for all tasks",
+        fidelity="reconstruction",
+        notes="a coefficient per member where the paper has one for all; one λ for all tasks, and "
+        "its values are ours",
     )
 
     def __post_init__(self) -> None:
@@ -68,9 +71,9 @@ class Consensus(GridMerger):
         knowledge: Knowledge | None,
         rng: torch.Generator,
     ) -> Callable[[Setting], State]:
-        """A setting without ``lam`` gets the field's, or the middle of ``lams``."""
+        """A setting without ``lam`` gets the field's, or ``_USUAL``."""
         taus = [task_vector(expert, base) for expert in experts]
-        default = self.lams[len(self.lams) // 2] if self.lam is None else self.lam
+        default = _USUAL if self.lam is None else self.lam
 
         def merged(setting: Setting) -> State:
             lam = float(setting.parameters.get("lam", default))

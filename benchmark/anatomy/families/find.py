@@ -219,12 +219,8 @@ def _read(
 
 
 def _joint(state: Mapping[str, Tensor], layer: str, names: tuple[str, str, str, str]) -> Joint:
-    def linear(name: str) -> Linear:
-        weight, bias = (f"{layer}{name}.{kind}" for kind in ("weight", "bias"))
-        return Linear(Slot(weight), Slot(bias) if bias in state else None)
-
-    q, k, v = (linear(name) for name in names[:3])
-    return Joint(q, k, v, linear(names[3]) if f"{layer}{names[3]}.weight" in state else None)
+    q, k, v, o = (Linear.named(f"{layer}{name}", state) for name in names)
+    return Joint(q, k, v, o if o.weight.key in state else None)
 
 
 def _check_mlp(

@@ -90,8 +90,7 @@ def loose(model: nn.Module) -> Iterator[MLPBlock]:
                 continue
 
             def linear(part: str, prefix: str = prefix) -> Linear:
-                weight, bias = (f"{prefix}{part}.{kind}" for kind in ("weight", "bias"))
-                return Linear(Slot(weight), Slot(bias) if bias in state else None)
+                return Linear.named(f"{prefix}{part}", state)
 
             config = getattr(module, "config", getattr(model, "config", None))
             activation = getattr(config, row.activation, row.activation)
@@ -113,15 +112,15 @@ def _feed_forward(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> 
     if kind not in (*_ACTIVATIONS, "GELU") or "net.2.weight" not in module.state_dict():
         return
 
-    def linear(part: str, rows: tuple[int, int] | None = None) -> Linear:
-        weight, bias = (f"{name}.{part}.{side}" for side in ("weight", "bias"))
-        return Linear(Slot(weight, rows), Slot(bias, rows) if bias in state else None)
-
-    gate, up = None, linear("net.0.proj")
+    gate, up = None, Linear.named(f"{name}.net.0.proj", state)
     if kind in ("GEGLU", "SwiGLU"):
         width = len(state[up.weight.key]) // 2
-        up, gate = (linear("net.0.proj", (n * width, (n + 1) * width)) for n in (0, 1))
-    yield MLPBlock(up, linear("net.2"), gate, names.get(activation, activation))
+        up, gate = (
+            Linear.named(f"{name}.net.0.proj", state, (n * width, (n + 1) * width)) for n in (0, 1)
+        )
+    yield MLPBlock(
+        up, Linear.named(f"{name}.net.2", state), gate, names.get(activation, activation)
+    )
 
 
 def _experts(name: str, state: Mapping[str, Tensor], config: object) -> Iterator[MLPBlock]:

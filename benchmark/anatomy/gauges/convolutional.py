@@ -64,7 +64,7 @@ def _read(norm: str, reader: str, state: Mapping[str, Tensor]) -> Stream:
     """A norm that one layer reads."""
     gives = _norm(norm, state)
     width = len(state[gives.gain.key])
-    segment = Segment(norm, width, sources=(gives,), readers=(_linear(reader, state),))
+    segment = Segment(norm, width, sources=(gives,), readers=(Linear.named(reader, state),))
     return Stream(norm, (segment,), renamed=False)
 
 
@@ -72,7 +72,7 @@ def _block(row: ConvNeXt, block: str, state: Mapping[str, Tensor]) -> Stream:
     norm = _norm(f"{block}.{row.norm}", state)
     width = len(state[norm.gain.key])
     depthwise, up, down = (
-        _linear(f"{block}.{n}", state) for n in (row.depthwise, row.up, row.down)
+        Linear.named(f"{block}.{n}", state) for n in (row.depthwise, row.up, row.down)
     )
     segments = [
         Segment(f"{block}.{row.depthwise}", width, norms=(norm,), depthwise=depthwise),
@@ -101,7 +101,7 @@ def _resnet(row: ResNet, prefix: str, state: Mapping[str, Tensor]) -> Iterator[B
         if f"{conv}.weight" in state and f"{norm}.running_var" in state:
             yield BatchNorm(
                 norm,
-                _linear(conv, state),
+                Linear.named(conv, state),
                 *(
                     Slot(f"{norm}.{part}")
                     for part in ("weight", "bias", "running_mean", "running_var")
@@ -112,8 +112,3 @@ def _resnet(row: ResNet, prefix: str, state: Mapping[str, Tensor]) -> Iterator[B
 def _norm(name: str, state: Mapping[str, Tensor]) -> Norm:
     bias = f"{name}.bias"
     return Norm(name, Slot(f"{name}.weight"), Slot(bias) if bias in state else None, centred=True)
-
-
-def _linear(name: str, state: Mapping[str, Tensor]) -> Linear:
-    bias = f"{name}.bias"
-    return Linear(Slot(f"{name}.weight"), Slot(bias) if bias in state else None)

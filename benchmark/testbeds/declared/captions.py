@@ -17,7 +17,7 @@ from benchmark.testbeds.declared.drawing import DrawingBackbone, check_caption
 from benchmark.testbeds.declared.pixels import Pixels
 from benchmark.testbeds.declared.schema import TaskSpec
 from benchmark.testbeds.declared.sources import Source
-from benchmark.testbeds.declared.splits import divided, packed, unpacked
+from benchmark.testbeds.declared.splits import divided, packed, read_names, spelled, unpacked
 
 #: Logits = scale · cosine: CLIP's own, and that of a probe.
 _SCALES = {"label-names": 100.0, "linear-probe": 20.0}
@@ -83,12 +83,12 @@ class Captions:
             out["head"] = heads.label_names(judge.embed, classes, spec.prompts)
         else:
             out["head"] = self._probe(out, len(classes))
-        out["classes"] = torch.tensor(list("\n".join(classes).encode()), dtype=torch.uint8)
+        out["classes"] = spelled(classes)
         return out
 
     def task(self, found: Mapping[str, Tensor]) -> Task:
         """The task that :meth:`prepare` made the tensors of."""
-        classes = tuple(bytes(found["classes"].tolist()).decode().split("\n"))
+        classes = read_names(found["classes"])
         scale = _SCALES[self.spec.head]
         return Task(self.spec.name, classes, head=found["head"], scale=scale, **unpacked(found))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,16 @@ def unpacked(found: Mapping[str, Tensor]) -> dict[str, Split]:
         part: Split(below(f"{part}."), found[f"labels.{part}"], below(f"answers.{part}."))
         for part in PARTS
     }
+
+
+def spelled(classes: Sequence[str]) -> Tensor:
+    """Class names as a tensor, which :func:`read_names` reads."""
+    return torch.tensor(list("\n".join(classes).encode()), dtype=torch.uint8)
+
+
+def read_names(found: Tensor) -> tuple[str, ...]:
+    """The inverse of :func:`spelled`."""
+    return tuple(bytes(found.tolist()).decode().split("\n"))
 
 
 def divided(parts: Mapping[Part, Split], validation: int) -> dict[Part, Split]:

@@ -34,7 +34,7 @@ from benchmark.testbeds.declared.places import Place, folder, place
 from benchmark.testbeds.declared.questions import Questions
 from benchmark.testbeds.declared.schema import TaskSpec, TestbedSpec, parse
 from benchmark.testbeds.declared.sources import Rows, Source
-from benchmark.testbeds.declared.splits import divided, packed, unpacked
+from benchmark.testbeds.declared.splits import divided, packed, read_names, spelled, unpacked
 from benchmark.testbeds.declared.words import tokenizer_of
 from benchmark.testbeds.kept import kept
 
@@ -217,7 +217,7 @@ class Declared(Testbed):
         scale = self.spec.scale
         if scale is None:
             scale = _PROBE_SCALE if spec.head == "linear-probe" else _SCALES[backbone.kind]
-        classes = tuple(bytes(found["classes"].tolist()).decode().split("\n"))
+        classes = read_names(found["classes"])
         return Task(name, classes, head=found["head"], scale=scale, **splits)
 
     def _prepare(self, spec: TaskSpec, source: Source) -> dict[str, Tensor]:
@@ -238,7 +238,7 @@ class Declared(Testbed):
                 out["head"] = heads.linear_probe(features, few.labels, len(classes))
             except UsageError as error:
                 raise UsageError(f"task {spec.name}: {error}") from None
-        out["classes"] = torch.tensor(list("\n".join(classes).encode()), dtype=torch.uint8)
+        out["classes"] = spelled(classes)
         return out
 
     def _questions(self, spec: TaskSpec) -> Questions | None:

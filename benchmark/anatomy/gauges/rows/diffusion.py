@@ -77,8 +77,8 @@ def _grouped(channels: Sequence[Channels], state: Mapping[str, Tensor]) -> Itera
     """The channels between the convolutions of a UNet's blocks."""
     for units in channels:
         if found := _BETWEEN.fullmatch(units.name):
-            conv, width = _linear(units.name, state), units.width(state)
-            time = _linear(f"{found[1]}.time_emb_proj", state)
+            conv, width = Linear.named(units.name, state), units.width(state)
+            time = Linear.named(f"{found[1]}.time_emb_proj", state)
             # Else time is added behind the norm.
             before = time.weight.key in state and len(time.weight.read(state)) == width
             also = (*tuple(conv.slots())[1:], *(time.slots() if before else ()))
@@ -95,7 +95,7 @@ class _Wires:
         self._mlps = {mlp.up.weight.key: mlp for mlp in mlps}
 
     def linear(self, name: str) -> Linear:
-        return _linear(name, self.state)
+        return Linear.named(name, self.state)
 
     def normed(self, name: str, readers: tuple[Linear, ...], centred: bool = False) -> None:
         """A norm of one gain per channel, if there is one, and all that reads it."""
@@ -186,16 +186,9 @@ class _Wires:
         )
 
     def _chunk(self, name: str, number: int, width: int) -> Linear:
-        rows, whole = (number * width, (number + 1) * width), self.linear(name)
-        bias = None if whole.bias is None else Slot(whole.bias.key, rows)
-        return Linear(Slot(whole.weight.key, rows), bias)
+        return Linear.named(name, self.state, (number * width, (number + 1) * width))
 
     def _given(self, norm: Norm, readers: tuple[Linear, ...]) -> None:
         width = len(norm.gain.read(self.state))
         segment = Segment(norm.name, width, sources=(norm,), readers=readers)
         self.streams.append(Stream(norm.name, (segment,), renamed=False))
-
-
-def _linear(name: str, state: Mapping[str, Tensor]) -> Linear:
-    weight, bias = (f"{name}.{part}" for part in ("weight", "bias"))
-    return Linear(Slot(weight), Slot(bias) if bias in state else None)
